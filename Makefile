@@ -1,0 +1,39 @@
+# Everything a newcomer types. Each target does its own set-up: a virtual environment, the packages, the small model.
+PYTHON ?= python3
+VENV ?= .venv
+# Folder of the small real model (a 92 MB download and a conversion, kept for all clones of this user).
+CACHE ?= $(HOME)/.cache/megakd
+MODELS ?= runs/quickstart/models
+# PyTorch's own index of CPU wheels, where pip would otherwise fetch the CUDA build: make TORCH_INDEX=<address> ...
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+
+.PHONY: venv quickstart test check clean models
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("megakd needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(filter-out 0,$(HAVE_CUDA)),)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+endif
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,eval,dev]'
+	touch $@
+
+models: venv
+	$(BIN)/python examples/quickstart/prepare.py --cache $(CACHE) --output $(MODELS)
+
+quickstart: models
+	$(BIN)/megakd run examples/quickstart/recipe.yaml
+
+test: models
+	MEGAKD_TEST_MODEL=$(abspath $(MODELS))/reference OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests
+
+check: venv
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

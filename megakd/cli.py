@@ -1,0 +1,137 @@
+"""The command `megakd`: run a recipe, look at a machine, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megakd.config import Recipe, load
+from megakd.errors import MegakdError
+
+logger = logging.getLogger("megakd")
+
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (2: something that the user can mend, printed in one line)."""
+    options = parser().parse_args(arguments)
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
+    set_up_logging(quiet=rank not in (None, 0))
+    try:
+        return options.action(options)
+    except MegakdError as error:
+        if rank in (None, 0):
+            print(f"megakd: error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    top = argparse.ArgumentParser(prog="megakd", description="Preference distillation on megatron-core.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="run a recipe's stages; those that are done are skipped")
+    run.add_argument("recipe", help="path of a recipe.yaml")
+    run.add_argument("overrides", nargs="*", metavar="key.key=value", help="settings laid over the recipe, e.g. "
+                     "student.parallel.tensor=2 or stages.adpa.steps=20")
+    run.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)")
+    run.add_argument("--check", action="store_true", help="check everything, start nothing")
+    run.set_defaults(action=run_command)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can run and what is missing for what")
+    doctor.set_defaults(action=doctor_command)
+
+    report = commands.add_parser("report", help="write report.html of a run's folder")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(action=report_command)
+    return top
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`megakd run`. Under a launcher (RANK is set) this process is a rank; else it checks and starts the ranks."""
+    recipe = load(options.recipe, tuple(options.overrides))
+    check_stage_names(recipe, options.stage)
+    launched = "RANK" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if launched else recipe.processes
+    # Imported late: a mistake in the recipe is told before torch is loaded.
+    from megakd.check import check_recipe
+
+    check_recipe(recipe, world)
+    if options.check:
+        print(f"{options.recipe}: can run on {world} ranks")
+        return 0
+    if not launched:
+        start_ranks(recipe)
+    from megakd.pipeline import run_recipe
+
+    run_recipe(recipe, tuple(options.stage))
+    if int(os.environ["RANK"]) == 0:
+        show_result(recipe)
+    return 0
+
+
+def check_stage_names(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuses a --stage that the recipe does not have."""
+    from megakd.errors import ConfigError
+
+    known = [stage.name for stage in recipe.stages]
+    for name in names:
+        if name not in known:
+            raise ConfigError("--stage", name, "the recipe has no such stage", f"There are: {', '.join(known)}")
+
+
+def start_ranks(recipe: Recipe) -> None:
+    """Replaces this process by torchrun, which runs the same command on `recipe.processes` ranks of this machine."""
+    threads = max(1, (os.cpu_count() or 1) // recipe.processes)
+    # Two ranks that both use all cores get in each other's way many times over.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.processes}",
+               "-m", "megakd.cli", *sys.argv[1:]]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def show_result(recipe: Recipe) -> None:
+    """Prints the table of before and after and the paths, where there is a summary."""
+    import json
+
+    from megakd.report import console_table
+    from megakd.stages import SUMMARY
+
+    summary = recipe.output / SUMMARY
+    if summary.exists():
+        print(console_table(json.loads(summary.read_text(encoding="utf-8"))))
+    for name in ("report.html", SUMMARY, "models"):
+        if (recipe.output / name).exists():
+            print(f"{name}: {recipe.output / name}")
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """`megakd doctor`."""
+    from megakd.doctor import print_doctor
+
+    print_doctor()
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """`megakd report`."""
+    from megakd.report import write_report
+
+    print(write_report(options.folder))
+    return 0
+
+
+def set_up_logging(quiet: bool) -> None:
+    """One line a message on stderr; ranks other than 0 show errors only."""
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Small plain values between ranks: JSON as bytes, so that nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Tells `value` of the group's rank `source` to the others; the others' own argument is not looked at.
+
+    Collectives: two broadcasts over `group` (length, bytes).
+    """
+    data = _encode(value, device) if dist.get_rank(group) == source else torch.empty(0, dtype=torch.uint8, device=device)
+    length = torch.tensor([data.numel()], dtype=torch.int64, device=device)
+    dist.broadcast(length, group=group, group_src=source)
+    if dist.get_rank(group) != source:
+        data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(data, group=group, group_src=source)
+    return _decode(data)
+
+
+def all_gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """The values of all ranks of `group`, in the order of its ranks.
+
+    Collectives: two all-gathers over `group` (lengths, bytes padded to the longest).
+    """
+    data = _encode(value, device)
+    lengths = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(lengths, torch.tensor([data.numel()], dtype=torch.int64, device=device), group=group)
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    gathered = torch.empty(len(lengths) * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    rows = gathered.view(len(lengths), longest)
+    return [_decode(row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def _encode(value: Any, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+
+
+def _decode(data: Tensor) -> Any:
+    return json.loads(bytes(data.cpu().numpy()))

@@ -1,0 +1,1 @@
+"""Hugging Face model directories: read, cut for a layout, put together again. Imports no megatron."""

@@ -1,0 +1,271 @@
+"""What a stage leaves on disk: complete or not at all, with a note of what it was made from. Imports no torch.
+
+One job at a time owns a run folder: what a killed one left half-written (`*.partial-*`) is removed by the next writer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megakd
+from megakd.errors import ConfigError, DataError
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "safetensors")
+_SAMPLED_ABOVE = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**20
+
+
+# ----------------------------------------------------------------------------------------------------- fingerprints
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no blanks. Refuses what JSON has no word for (NaN, paths)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of a mapping."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def hash_path(path: Path | str) -> str:
+    """sha256 that names the content of a file, or of all the files below a directory with their relative names.
+
+    A file above 64 MiB is named by its size and 64 blocks of 1 MiB spread evenly over it, first and last included: a
+    70B model would take minutes to read, and two trainings differ in nearly every block.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return fingerprint({file.relative_to(path).as_posix(): hash_path(file) for file in files})
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _SAMPLED_ABOVE:
+            while piece := file.read(_SAMPLE_BYTES):
+                digest.update(piece)
+        else:
+            digest.update(str(size).encode())
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- complete or absent
+def write_json_atomic(path: Path | str, value: Any) -> None:
+    """`write_text_atomic` of readable JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path | str, text: str) -> None:
+    """Writes UTF-8 beside `path`, flushes it to the disk and renames it: readers see the old or the new file."""
+    path = Path(path)
+    _remove_leftovers(path)
+    partial = _partial(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """A new directory `path.partial-...` to write into; it becomes `path`, in place of an older one, when complete.
+
+    After an error, or when the process is killed, `path` is what it was before (or absent, if killed just between the
+    two renames that put the new one in the place of an older one): never half of something.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = _partial(path)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            # A directory cannot be renamed over a full one: the old one steps aside for an instant.
+            old = _partial(path)
+            os.rename(path, old)
+            os.rename(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    prefix = path.name + ".partial-"
+    if not path.parent.is_dir():
+        return
+    for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a rename survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_room(path: Path | str, needed: int, what: str) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Args:
+        path: where it will be written; it need not exist yet.
+        needed: bytes that `what` takes.
+        what: named in the message, such as "4 models and 2 checkpoints".
+
+    Raises:
+        ConfigError: the disk of `path` has less free room.
+    """
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        rule = f"{what} need {_size(needed)}, and its disk has {_size(free)} free"
+        raise ConfigError("output folder", str(path), rule, "Free some room or choose a folder on another disk")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+# ---------------------------------------------------------------------------------------------------------- manifests
+@dataclass(frozen=True)
+class Manifest:
+    """A finished stage. Its being there says that everything that the stage makes is complete."""
+
+    stage: str
+    """Name of the stage in its recipe."""
+    kind: str
+    """What it does: dpo, distill, generate, eval, export, ..."""
+    fingerprint: str
+    """`fingerprint` of kind, config and inputs: what the result depends on."""
+    inputs: dict[str, str]
+    """Name of each input -> hash of its content."""
+    config: dict[str, Any]
+    """The resolved settings of the stage."""
+    versions: dict[str, str | None]
+    """`versions()` when it ran; not part of the fingerprint."""
+    layout: dict[str, dict[str, int]]
+    """Role -> sizes of its axes (tensor, pipeline, context, data)."""
+    ranks: int
+    """Processes that it ran on."""
+    started: str
+    """UTC, ISO 8601."""
+    finished: str
+    seconds: float
+    """Time that it took, over all its resumed parts."""
+    tokens: int
+    """Tokens that it trained on, scored or made."""
+    metrics: dict[str, Any]
+    """Its last or summed-up numbers."""
+
+    def write(self, folder: Path | str) -> None:
+        """Writes `folder/manifest.json`, the last thing that a stage does."""
+        write_json_atomic(Path(folder) / MANIFEST, dataclasses.asdict(self))
+
+    @staticmethod
+    def read(folder: Path | str) -> Manifest | None:
+        """The manifest of a stage folder; None where the stage has not finished.
+
+        Raises:
+            DataError: the file is not a manifest of this version of megakd.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.exists():
+            return None
+        fix = "Remove the stage's folder to make it again"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(path, None, None, f"is not JSON ({error})", fix) from error
+        names = {field.name for field in dataclasses.fields(Manifest)}
+        if not isinstance(values, dict) or set(values) != names:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise DataError(path, None, None, f"has the fields {found}, not {sorted(names)}", fix)
+        return Manifest(**values)
+
+
+def stage_fingerprint(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The fingerprint of a stage that does `kind` with `config` to `inputs`."""
+    return fingerprint({"kind": kind, "config": config, "inputs": inputs})
+
+
+def finished_stage(folder: Path | str, *, stage: str, kind: str, config: Mapping[str, Any],
+                   inputs: Mapping[str, str]) -> Manifest | None:
+    """Whether a stage is done: its manifest, or None where it has to run.
+
+    Raises:
+        ConfigError: the folder holds this stage made with other settings or inputs.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return None
+    if manifest.fingerprint == stage_fingerprint(kind, config, inputs):
+        return manifest
+    changes = differences({"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs},
+                          {"kind": kind, "config": config, "inputs": inputs})
+    raise ConfigError(f"stage {stage}", str(folder), "was made with other settings:\n  " + "\n  ".join(changes) + "\n",
+                      f"Choose another output folder, or make it again with `--redo {stage}`")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The leaves that differ between two nested mappings, as "a.b: old -> new"."""
+    before, after = (_leaves(json.loads(canonical_json(value)), "") for value in (old, new))
+    absent = dict.fromkeys(before.keys() | after.keys(), "(absent)")
+    before, after = {**absent, **before}, {**absent, **after}
+    return [f"{name}: {before[name]} -> {after[name]}" for name in sorted(absent) if before[name] != after[name]]
+
+
+def _leaves(value: Any, prefix: str) -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {name: leaf for key, item in value.items()
+                for name, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {prefix: canonical_json(value)}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result may depend on; None for what is not installed. Imports nothing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "megakd": megakd.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,128 @@
+"""The modules that a transformer layer is built from: local ones for any device, Transformer Engine's on CUDA.
+
+Legend: S positions, B sequences, N local query heads, G local key/value groups, D head width, H hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megakd.rollout.cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm whose weight says that its gradient is summed over the tensor group under sequence
+    parallelism (megatron-core's own wrapper of torch.nn.RMSNorm refuses sequence parallelism)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> the same shape and dtype; the mean is taken in float32."""
+        return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], None, self.eps).to(hidden.dtype) * self.weight
+
+
+class CachedAttention(nn.Module):
+    """Causal attention that can keep keys and values.
+
+    Without a cache (training, scoring) every sequence starts at position 0 and is padded on the right, so causality
+    alone hides the padding. With one (rollouts), `KVCache.attend` knows each row's own positions.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: object):
+        super().__init__()
+        self.layer_number = layer_number
+        self.cache: KVCache | None = None
+        self.cache_layer = 0
+
+    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *_: object, **__: object) -> Tensor:
+        """-> context [S, B, N*D] in the query's dtype. No collective: heads are local."""
+        if self.cache is not None:
+            context_SBND = self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD)
+            return context_SBND.flatten(2)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
+        context_BNSD = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+class CachedTEAttention(nn.Module):
+    """Transformer Engine's attention for training and scoring, and the cache's for rollouts."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
+                 attention_type: str, pg_collection: ProcessGroupCollection, **options: object):
+        super().__init__()
+        # Importable only where Transformer Engine is; `check_precision` has made sure of that.
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.layer_number = layer_number
+        self.cache: KVCache | None = None
+        self.cache_layer = 0
+        self.inner = TEDotProductAttention(
+            config=config, layer_number=layer_number, attn_mask_type=attn_mask_type, attention_type=attention_type,
+            pg_collection=pg_collection, **options,
+        )
+
+    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """-> context [S, B, N*D] in the query's dtype."""
+        if self.cache is not None:
+            return self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD).flatten(2)
+        return self.inner(query_SBND, key_SBGD, value_SBGD, *args, **kwargs)
+
+
+def local_block(layers: int) -> TransformerBlockSubmodules:
+    """The modules of a pipeline stage built from megatron-core's own linears: any device, no Transformer Engine."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=CachedAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def transformer_engine_block(layers: int) -> TransformerBlockSubmodules:
+    """The modules of a pipeline stage built from Transformer Engine's fused ones (CUDA only)."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+
+
+def attention_of(layer: TransformerLayer) -> CachedAttention | CachedTEAttention:
+    """The module of a layer that a cache is attached to."""
+    return layer.self_attention.core_attention
+
+
+__all__ = ["CachedAttention", "CachedTEAttention", "RMSNorm", "attention_of", "local_block",
+           "transformer_engine_block"]

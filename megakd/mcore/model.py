@@ -1,0 +1,278 @@
+"""A role's model on this rank: megatron-core GPT chunks that end at the final norm, filled from a Hugging Face directory.
+
+Legend: B sequences, S positions, H hidden width, V local vocabulary columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megakd.batch import Padding
+from megakd.config import Parallel, Precision
+from megakd.errors import ConfigError
+from megakd.hf.families import Architecture
+from megakd.hf.importer import load_parameters
+from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, stage_shards
+from megakd.mcore.grid import Grid
+from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
+from megakd.rollout.cache import KVCache
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+class HiddenGPT(GPTModel):
+    """A GPT chunk whose last stage returns hidden states after the final norm; megatron-core never builds logits."""
+
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+        """tokens_BS, position_ids_BS int64 -> hidden [S, B, H] (S/TP under sequence parallelism).
+
+        Chunks after the first ignore the tokens and take the tensor that `set_input_tensor` was given.
+        """
+        hidden_SBH = self.embedding(tokens_BS, position_ids_BS) if self.pre_process else None
+        rotary_SB1D = self.rotary_angles(position_ids_BS)
+        return self.decoder(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary_SB1D)
+
+    def rotary_angles(self, position_ids_BS: Tensor) -> Tensor:
+        """Rotation angles of each row's own positions, [S, B, 1, D] float32 (megatron-core's own assume one row)."""
+        frequencies = self.rotary_pos_emb.inv_freq.to(position_ids_BS.device)
+        angles_SBd = position_ids_BS.t().unsqueeze(-1).to(frequencies.dtype) * frequencies
+        return torch.cat((angles_SBd, angles_SBd), dim=-1).unsqueeze(2)
+
+
+@dataclass
+class Model:
+    """One role's model: its chunks on this rank (more than one under virtual pipelining), and where they lie."""
+
+    architecture: Architecture
+    grid: Grid
+    config: TransformerConfig
+    chunks: list[nn.Module]
+    shards: list[Shard]
+
+    @property
+    def head_VH(self) -> Tensor | None:
+        """This rank's columns of the LM head on the last pipeline stage, None elsewhere."""
+        if not self.grid.is_last_stage:
+            return None
+        chunk = unwrap(self.chunks[-1])
+        # Not `shared_embedding_or_output_weight()`: on a chunk with an embedding that is the embedding, tied or not.
+        tied_here = self.architecture.tied_embeddings and self.shards[-1].embedding
+        return chunk.embedding.word_embeddings.weight if tied_here else chunk.output_layer.weight
+
+    @property
+    def padding(self) -> Padding:
+        """How wide its micro-batches are: the tensor ranks share a sequence evenly under sequence parallelism, and the
+        interleaved schedule receives ahead of time, when it cannot ask for a micro-batch's own width."""
+        multiple = self.grid.layout.tensor if self.config.sequence_parallel else 1
+        return Padding(multiple, uniform=len(self.chunks) > 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the parameters and activations."""
+        return self.config.params_dtype
+
+    def parameters_of(self, chunk: int) -> dict[str, nn.Parameter]:
+        """Local parameters of a chunk by megatron-core name."""
+        return dict(unwrap(self.chunks[chunk]).named_parameters())
+
+    def pieces_of(self, chunk: int) -> list[Piece]:
+        """Where the chunk's parameters lie in the Hugging Face tensors."""
+        return pieces(self.architecture, self.shards[chunk])
+
+
+def unwrap(chunk: nn.Module) -> HiddenGPT:
+    """The GPT chunk inside DistributedDataParallel and the mixed-precision wrapper."""
+    while not isinstance(chunk, HiddenGPT):
+        chunk = chunk.module
+    return chunk
+
+
+def transformer_config(architecture: Architecture, parallel: Parallel, precision: Precision, device: torch.device
+                       ) -> TransformerConfig:
+    """megatron-core's configuration of an architecture under a layout and precision."""
+    kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
+    dtype = TORCH_DTYPES[precision.dtype]
+    fp8 = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8_recipe]} if precision.dtype == "fp8" else {}
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.heads // architecture.kv_heads * kv_heads,
+        num_query_groups=kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The parameters are always read from files.
+        perform_initialization=False,
+        # The one division by the global token count: see step.py.
+        calculate_per_token_loss=True,
+        # Micro-batches are padded to their own longest sequence (see `Model.padding`).
+        variable_seq_lengths=parallel.pipeline > 1 and parallel.virtual_pipeline == 1,
+        # One batch of sends between two ranks that are each other's next and previous would mix activations up with
+        # gradients: without overlap the interleaved schedule is right for more than two stages only.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # Unused by dense models, but the default is refused together with variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        # gloo reads a tensor after the overlapped send has returned: it must not be freed under it.
+        deallocate_pipeline_outputs=parallel.virtual_pipeline == 1,
+        # The fused forms are compiled at first use, which needs a compiler on the machine; worth it on CUDA only.
+        bias_activation_fusion=device.type == "cuda",
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **fp8,
+    )
+
+
+def build_model(directory: Path, architecture: Architecture, parallel: Parallel, precision: Precision, grid: Grid,
+                device: torch.device) -> Model:
+    """Builds this rank's chunks of a model and fills them from a Hugging Face directory.
+
+    Each rank reads only what it holds. No collective but the one that megatron-core makes for tied embeddings.
+    """
+    config = transformer_config(architecture, parallel, precision, device)
+    # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
+    spec = "te" if device.type == "cuda" else "local"
+    shards = stage_shards(
+        architecture, tensor_rank=grid.at.tensor, tensor_size=parallel.tensor, pipeline_rank=grid.at.pipeline,
+        pipeline_size=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline, spec=spec,
+    )
+    chunks = []
+    for virtual, shard in enumerate(shards):
+        block = transformer_engine_block(shard.layers) if spec == "te" else local_block(shard.layers)
+        chunk = HiddenGPT(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=padded_vocab(architecture.vocab_size, parallel.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=shard.embedding,
+            post_process=shard.head,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            rope_scaling=architecture.rope_scaling is not None,
+            rope_scaling_factor=architecture.rope_scaling.factor if architecture.rope_scaling else 1.0,
+            pg_collection=grid.groups,
+            vp_stage=virtual if parallel.virtual_pipeline > 1 else None,
+        ).to(device)
+        for index, layer in enumerate(chunk.decoder.layers):
+            attention_of(layer).cache_layer = virtual * shard.layers + index
+        load_parameters(directory, architecture, shard, dict(chunk.named_parameters()))
+        chunks.append(chunk)
+    return Model(architecture, grid, config, chunks, shards)
+
+
+def freeze(model: Model) -> Model:
+    """Makes a model a teacher: evaluation mode, no gradients."""
+    for chunk in model.chunks:
+        chunk.eval()
+        chunk.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Runs a block in evaluation mode without gradients, then restores the mode."""
+    modes = [chunk.training for chunk in model.chunks]
+    try:
+        for chunk in model.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(model.chunks, modes, strict=True):
+            chunk.train(mode)
+
+
+class PipelineDecoder:
+    """What the rollout engine sees of a model: one forward over all pipeline stages with a key/value cache.
+
+    The chunks of a virtual pipeline run in their order around the ring of stages.
+    """
+
+    def __init__(self, model: Model, longest: int):
+        """`longest` bounds prompt and answer together, besides the model's own context."""
+        if model.config.sequence_parallel:
+            raise ConfigError("parallel.sequence", True, "rollouts decode one token at a time, which cannot be cut "
+                              "along the sequence", "Leave sequence parallelism off for the model that generates")
+        self.model = model
+        self.tp_group = model.grid.groups.tp
+        self.pp_group = model.grid.groups.pp
+        self.is_first_stage = model.grid.is_first_stage
+        self.is_last_stage = model.grid.is_last_stage
+        self.vocab_size = model.architecture.vocab_size
+        self.context_length = min(longest, model.architecture.max_positions)
+
+    @property
+    def head_VH(self) -> Tensor | None:
+        """The head's local columns on the last stage."""
+        return self.model.head_VH
+
+    def new_cache(self, slots: int, max_length: int) -> KVCache:
+        """A cache for `slots` sequences of at most `max_length` tokens, and attaches it to every attention."""
+        config = self.model.config
+        layers = sum(shard.layers for shard in self.model.shards)
+        device = next(self.model.chunks[0].parameters()).device
+        return KVCache(
+            layers, slots, max_length, config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels,
+            dtype=self.model.dtype, device=device,
+        )
+
+    @torch.no_grad()
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor | None:
+        """Runs every stage; returns hidden [B, S, H] on the last stage, None elsewhere.
+
+        Collectives: point-to-point sends over the pipeline group, and the layers' own over the tensor group.
+        """
+        stage, stages = self.model.grid.at.pipeline, self.model.grid.layout.pipeline
+        hidden_SBH = None
+        for virtual, chunk in enumerate(map(unwrap, self.model.chunks)):
+            first, last = self.model.shards[virtual].embedding, self.model.shards[virtual].head
+            if not first:
+                hidden_SBH = self._receive(tokens_BS.shape, (stage - 1) % stages)
+                chunk.set_input_tensor(hidden_SBH)
+            hidden_SBH = self._run(chunk, tokens_BS, position_ids_BS, cache)
+            if not last:
+                dist.send(hidden_SBH.contiguous(), group=self.pp_group, group_dst=(stage + 1) % stages)
+        return hidden_SBH.transpose(0, 1) if self.is_last_stage else None
+
+    def _run(self, chunk: HiddenGPT, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor:
+        for layer in chunk.decoder.layers:
+            attention_of(layer).cache = cache
+        try:
+            return chunk(tokens_BS, position_ids_BS)
+        finally:
+            for layer in chunk.decoder.layers:
+                attention_of(layer).cache = None
+
+    def _receive(self, shape_BS: torch.Size, source: int) -> Tensor:
+        rows, width = shape_BS
+        device = next(self.model.chunks[0].parameters()).device
+        hidden_SBH = torch.empty(width, rows, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
+        dist.recv(hidden_SBH, group=self.pp_group, group_src=source)
+        return hidden_SBH

@@ -1,0 +1,148 @@
+"""AdamW on megatron-core's distributed optimizer: gradients and optimizer state are spread over data-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from megakd.config import Optimizer as OptimizerSettings
+from megakd.mcore.model import Model, unwrap
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What the optimizer keeps of each parameter, in float32: the master weight and Adam's two moments."""
+
+
+@dataclass
+class Trainer:
+    """A model made ready to train: wrapped chunks, optimizer and schedule."""
+
+    model: Model
+    optimizer: DistributedOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        """Clears the gradient buffers; called before each step."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> float:
+        """Clips, updates the parameters, advances the schedule; returns the gradient's norm before clipping.
+
+        Collectives: the norm's sum over the world's shards; an all-gather of parameters over the data group.
+
+        Raises:
+            RuntimeError: the optimizer refused the step (non-finite gradient).
+        """
+        done, norm, _ = self.optimizer.step()
+        if not done:
+            raise RuntimeError("the optimizer refused the step: the gradient is not finite")
+        self.scheduler.step(increment=1)
+        return float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the coming step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def slice_of(self, parameter: nn.Parameter) -> slice | None:
+        """The part of a flattened parameter whose gradient and states this rank has; None where it has none."""
+        for owner in self._distributed():
+            if parameter in owner.model_param_group_index_map:
+                where = owner._get_model_param_range_map(parameter)["param"]
+                return slice(where.start, where.end)
+        return None
+
+    def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's slice (`slice_of`) of the parameter's `STATES`, to read or to copy into."""
+        owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
+        tensors = owner._get_main_param_and_optimizer_states(parameter)
+        return {name: tensors[name] for name in STATES}
+
+    @property
+    def steps_taken(self) -> int:
+        """Adam's own step count."""
+        for owner in self._distributed():
+            for state in owner.optimizer.state.values():
+                if "step" in state:  # torch's AdamW keeps it in the state, the fused ones in the group
+                    return int(state["step"])
+            for group in owner.optimizer.param_groups:
+                if "step" in group:
+                    return int(group["step"])
+        return 0
+
+    def prepare_states(self, steps: int) -> None:
+        """Allocates the moments and sets Adam's step count, so that saved states can be copied in."""
+        for owner in self._distributed():
+            for group in owner.optimizer.param_groups:
+                # An update with rate and decay zero leaves the parameters as they are and makes the moments.
+                kept = group["lr"], group["weight_decay"]
+                group["lr"], group["weight_decay"] = 0.0, 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+                group["kept"] = kept
+            owner.optimizer.step()
+            owner.optimizer.zero_grad()
+            for group in owner.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = group.pop("kept")
+                if "step" in group:
+                    group["step"] = steps
+            for state in owner.optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(steps)
+
+    def publish_parameters(self) -> None:
+        """Copies the master weights into the model's parameters on every rank (after they were loaded).
+
+        Collectives: an all-gather of parameters over the data group.
+        """
+        for owner in self._distributed():
+            owner._copy_main_params_to_model_params()
+        for chunk in self.model.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def _distributed(self) -> list[DistributedOptimizer]:
+        return self.optimizer.chained_optimizers
+
+
+def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Trainer:
+    """Wraps a model's chunks in DistributedDataParallel and makes its optimizer and cosine schedule of `steps`."""
+    overlap = next(model.chunks[0].parameters()).device.type == "cuda"
+    wrapped = [
+        DistributedDataParallel(
+            config=model.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=True
+            ),
+            module=unwrap(chunk),
+            disable_bucketing=index > 0,
+            pg_collection=model.grid.groups,
+        )
+        for index, chunk in enumerate(model.chunks)
+    ]
+    model.chunks[:] = wrapped
+    model.config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        model.config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip,
+            bf16=model.dtype == torch.bfloat16, params_dtype=model.dtype, use_distributed_optimizer=True,
+        ),
+        wrapped, use_gloo_process_groups=False, pg_collection=model.grid.groups,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=settings.lr, min_lr=settings.min_lr,
+        lr_warmup_steps=min(round(settings.warmup * steps), steps - 1), lr_decay_steps=steps, lr_decay_style="cosine",
+        start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=steps, wd_incr_style="constant",
+    )
+    # The schedule counts from 1: a first step at rate zero would be wasted.
+    scheduler.step(increment=1)
+    return Trainer(model, optimizer, scheduler)

@@ -1,0 +1,139 @@
+"""Starts a process: backend, device, random numbers, and what megatron-core needs to run without a GPU.
+
+megatron-core 0.16 is written for CUDA. The CPU runtime below answers the places where it says so; nothing else differs
+between the two devices: the same models, schedules, optimizer and losses run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+from torch.overrides import TorchFunctionMode
+
+from megakd.errors import ConfigError
+from megakd.layout import Layout
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run's."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Answers the CUDA requests that megatron-core hard-codes with CPU tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # `device="cuda"`: pipeline_parallel/schedules.py (token counts), optimizer/clip_grads.py, optimizer.py (found_inf).
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        # `tensor.cuda()`: tensor_parallel/data.py, optimizer state moves.
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        # `param.type() == "torch.cuda.FloatTensor"`: optimizer/distrib_optimizer.py sorts parameters by it.
+        if func is torch.Tensor.type and isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+_cpu_mode: _CudaMeansCpu | None = None
+
+
+def enable_cpu() -> None:
+    """Makes megatron-core usable on CPU tensors in this process. Calling it again changes nothing."""
+    global _cpu_mode
+    if _cpu_mode is not None:
+        return
+    # p2p_communication.py, mappings.py, GlobalMemoryBuffer, rotary embedding: `device=torch.cuda.current_device()`.
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    # p2p_communication.py waits for the device after batched sends.
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    # transformer/attention.py and utils.py mark ranges for the profiler.
+    torch.cuda.nvtx.range_push = lambda *_: None
+    torch.cuda.nvtx.range_pop = lambda *_: None
+    # tensor_parallel/random.py: the tracker swaps the generator's state; on CPU there is one generator.
+    tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    _cpu_mode = _CudaMeansCpu()
+    _cpu_mode.__enter__()
+
+
+def check_device(device: str) -> None:
+    """Refuses `device: cuda` where torch sees none. Raises ConfigError; makes no process group."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`")
+
+
+def start(device: str, *, timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Joins the run's processes. torchrun's variables RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT say which.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU a rank).
+        timeout: how long a collective may wait before the job fails.
+
+    Raises:
+        ConfigError: `cuda` is asked for and there is none.
+    """
+    check_device(device)
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", timeout=timeout, device_id=local)
+    else:
+        enable_cpu()
+        local = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), local)
+
+
+def adopt(device: torch.device) -> World:
+    """The World of a process whose default process group exists already (the tests' rank pools)."""
+    if device.type == "cpu":
+        enable_cpu()
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def initialize_global_state(tensor: int, pipeline: int) -> None:
+    """Sets up megatron-core's global groups once, for the student's sizes.
+
+    Parts of megatron-core read them (the global memory buffer, defaults of arguments that we always give); nothing of
+    ours does. Calling it again with other sizes replaces them.
+    """
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+    )
+
+
+def seed(value: int, student: Layout, rank: int) -> None:
+    """Sets up megatron-core's global state and seeds all generators: alike on all ranks, and megatron-core's
+    tensor-parallel one differently on each tensor rank of the student."""
+    initialize_global_state(student.tensor, student.pipeline)
+    torch.manual_seed(value)
+    tensor_rank = student.coordinates(rank).tensor
+    tensor_parallel_random.model_parallel_cuda_manual_seed(value, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank)
+
+
+def stop() -> None:
+    """Leaves the run's processes."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,102 @@
+"""What an objective needs, is given and gives back. An objective names terms; `megakd.losses` has the maths of them.
+
+Legend: B sequences, T loss positions, H a model's hidden width, V local vocabulary columns, N values of a term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.batch import Batch, Kind
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What has to be brought to an objective."""
+
+    teachers: tuple[str, ...]
+    """Roles whose hidden states it takes."""
+    kinds: tuple[Kind, ...]
+    """Kinds of the sequences that each group holds, in this order."""
+    teacher_kinds: dict[str, tuple[Kind, ...]]
+    """For each teacher role the kinds of sequences whose positions it scores."""
+
+
+@dataclass(frozen=True)
+class RoleOutput:
+    """One model's last hidden states at a micro-batch's loss positions, and the local rows of its LM head.
+
+    A teacher's states are those of the positions of its kinds alone, in the micro-batch's order. The heads of all roles
+    are cut alike over `LossContext.tp_group`.
+    """
+
+    hidden_TH: Tensor
+    head_VH: Tensor
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What is the same for every micro-batch of a run."""
+
+    tp_group: dist.ProcessGroup | None
+    """Ranks over which the heads are cut; None means not cut."""
+    vocab_size: int
+    """Real vocabulary, common to all roles."""
+    chunk_tokens: int
+    """Tokens whose logits are held at a time."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields by the names that the fused losses give them."""
+        return {"tp_group": self.tp_group, "vocab_size": self.vocab_size, "chunk_tokens": self.chunk_tokens}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the loss: `weight * sum(values) / denominator`, where the denominator is a count of the whole step."""
+
+    name: str
+    values_N: Tensor
+    weight: float
+    denominator: str
+    """A key of `Batch.counts()`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number to report that is not part of the loss: `total / denominator`."""
+
+    name: str
+    total: Tensor
+    """0-d and detached."""
+    denominator: str
+    """A key of `Batch.counts()`."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What an objective makes of one micro-batch. Terms are reported by their names too (without their weights)."""
+
+    terms: tuple[Term, ...]
+    metrics: tuple[Metric, ...] = ()
+
+
+class Objective(Protocol):
+    """A way to train a student."""
+
+    requires: Requires
+
+    def loss(
+        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+    ) -> LossTerms:
+        """The terms of one micro-batch. A term with nothing in it still hangs on the student's tensors."""
+        ...
+
+
+def rows_of_kind(batch: Batch, kind: Kind) -> Tensor:
+    """Which sequences of a micro-batch are of a kind, in the order of their groups."""
+    rows_N = (batch.kinds_B == kind).nonzero()[:, 0]
+    return rows_N[batch.group_ids_B[rows_N].argsort(stable=True)]

@@ -1,0 +1,130 @@
+"""A recipe's stages on disk: which are done, which were made with other settings, and what each depends on.
+
+A stage is done when its folder has a manifest. The manifest names everything that the stage's result depends on (its
+settings, the models and data that it read), but not what only decides how it is computed (layouts, micro-batches, chunk
+sizes), so that a run can go on with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megakd.comm import broadcast_json
+from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, dump
+from megakd.manifest import Manifest, finished_stage, hash_path, stage_fingerprint, versions
+from megakd.mcore import runtime
+from megakd.objectives import build_objective
+from megakd.run import ROLLOUTS, Run
+from megakd.stages import run_stage
+
+logger = logging.getLogger("megakd")
+
+HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
+"""Settings of a stage that its result does not depend on."""
+
+
+def run_recipe(recipe: Recipe, only: Sequence[str] = ()) -> None:
+    """Runs a recipe's stages on this rank (all ranks call it): those that are not done, or just those in `only`.
+
+    Raises:
+        MegakdError: a stage cannot run as asked. ConfigErrors that can be found beforehand have been (`check.py`).
+    """
+    world = runtime.start(recipe.device)
+    try:
+        run = Run(recipe, world)
+        runtime.seed(recipe.seed, run.layout("student"), world.rank)
+        if run.is_root:
+            recipe.output.mkdir(parents=True, exist_ok=True)
+            (recipe.output / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        for stage in recipe.stages:
+            if not only or stage.name in only:
+                _run_or_skip(run, stage)
+    finally:
+        runtime.stop()
+
+
+def _run_or_skip(run: Run, stage: AnyStage) -> None:
+    config = stage_config(run.recipe, stage)
+    # Rank 0 reads the files; all the others hear of it, so that all take the same way.
+    plan: dict[str, Any] | None = None
+    if run.is_root:
+        inputs = stage_inputs(run.recipe, stage)
+        done = finished_stage(run.folder(stage.name), stage=stage.name, kind=stage.kind, config=config, inputs=inputs)
+        plan = {"inputs": inputs, "done": done is not None and stage.kind != "report"}
+    plan = broadcast_json(plan, 0, dist.group.WORLD, run.world.device)
+    if plan["done"]:
+        _say(run, f"{stage.name}: already done")
+        return
+    fingerprint = stage_fingerprint(stage.kind, config, plan["inputs"])
+    _say(run, f"{stage.name}: {stage.kind} on {run.world.size} ranks")
+    started, clock = datetime.now(UTC), time.perf_counter()
+    if run.is_root:
+        run.folder(stage.name).mkdir(parents=True, exist_ok=True)
+    dist.barrier(group=dist.group.WORLD)
+    result = run_stage(run, stage, fingerprint)
+    if run.is_root:
+        seconds = time.perf_counter() - clock
+        Manifest(
+            stage=stage.name, kind=stage.kind, fingerprint=fingerprint, inputs=plan["inputs"], config=config,
+            versions=versions(), layout={role: _sizes(run, role) for role in ("student", "teacher", "reference")},
+            ranks=run.world.size, started=started.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 2), tokens=result.tokens,
+            metrics=dict(result.metrics),
+        ).write(run.folder(stage.name))
+        _say(run, f"{stage.name}: done in {seconds:.1f} s")
+    dist.barrier(group=dist.group.WORLD)
+
+
+def _sizes(run: Run, role: str) -> dict[str, int]:
+    layout = run.layout(role)
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
+
+
+def _say(run: Run, text: str) -> None:
+    if run.is_root:
+        logger.info(text)
+
+
+# -------------------------------------------------------------------------------------------- what a stage depends on
+def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
+    """The settings that the stage's result depends on, as plain values."""
+    config = stage.model_dump(mode="json", exclude=HOW_NOT_WHAT)
+    if isinstance(stage, TrainStage | GenerateStage | EvalStage):
+        data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
+        config |= {"seed": recipe.seed, "precision": recipe.precision.model_dump(mode="json"), "data": data}
+    return config
+
+
+def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
+    """What the stage reads: name -> hash of the content. Reads the files."""
+    paths: dict[str, Path] = {}
+    match stage:
+        case TrainStage():
+            paths["init"] = recipe.path_of_model(stage.init)
+            for role in build_objective(stage.objective).requires.teachers:
+                paths[role] = recipe.path_of_model(recipe.role(role).model)
+            paths |= _numbered("train", recipe.data.train)
+            if stage.rollouts is not None:
+                paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
+        case GenerateStage():
+            paths["model"] = recipe.path_of_model(stage.model)
+            paths |= _numbered("train", recipe.data.train)
+        case EvalStage():
+            paths |= {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}
+            paths |= {role: recipe.path_of_model(recipe.role(role).model) for role in ("teacher", "reference")}
+            paths |= _numbered("eval", recipe.data.eval)
+        case ExportStage():
+            paths["model"] = recipe.path_of_model(stage.model)
+    return {name: hash_path(path) for name, path in paths.items()}
+
+
+def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:
+    return {f"{name}.{number}": path for number, path in enumerate(paths)}
+

@@ -1,0 +1,118 @@
+"""What the stages of a run share on one rank: the recipe, this process' place, grids, tokenizer, rows and models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megakd.batch import Batch, Kind, Step
+from megakd.config import Recipe, Role
+from megakd.data.readers import PreferenceRow, read_preferences
+from megakd.data.sampler import StepSampler
+from megakd.data.tokenizers import Tokenizer, load_tokenizer
+from megakd.hf.exporter import ExportTarget, export_model
+from megakd.hf.families import Architecture
+from megakd.hf.importer import load_head
+from megakd.layout import Layout
+from megakd.mcore.grid import Grid, make_grid
+from megakd.mcore.model import Model, build_model, freeze
+from megakd.mcore.runtime import World
+from megakd.teacher.online import OnlineTeacher
+
+ROLLOUTS = "rollouts.jsonl"
+"""Name of a generate stage's file."""
+EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """A run on this rank. Grids are made once for each layout and kept."""
+
+    recipe: Recipe
+    world: World
+
+    def __post_init__(self):
+        self._grids: dict[Layout, Grid] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's one tokenizer: that of the reference model, which exists from the start."""
+        return load_tokenizer(self.recipe.path_of_model(self.recipe.reference.model))
+
+    @cached_property
+    def train_rows(self) -> list[PreferenceRow]:
+        """The training rows of this run."""
+        return choose_rows(read_preferences(self.recipe.data.train), self.recipe.data.train_rows, self.recipe.seed)
+
+    @cached_property
+    def eval_rows(self) -> list[PreferenceRow]:
+        """The held-out rows of this run."""
+        return choose_rows(read_preferences(self.recipe.data.eval), self.recipe.data.eval_rows, self.recipe.seed)
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank writes and shows what is written and shown once."""
+        return self.world.rank == 0
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.recipe.output / "stages" / stage
+
+    def layout(self, role: str) -> Layout:
+        """A role's layout over this run's world."""
+        parallel = self.recipe.role(role).parallel
+        return Layout(self.world.size, parallel.tensor, parallel.pipeline, parallel.context)
+
+    def grid(self, role: str) -> Grid:
+        """A role's process groups. Collective over the world at the first call for a layout."""
+        layout = self.layout(role)
+        if layout not in self._grids:
+            self._grids[layout] = make_grid(layout)
+        return self._grids[layout]
+
+    def load_model(self, role: str, model: str) -> Model:
+        """A model in a role's layout, filled from its directory."""
+        path = self.recipe.path_of_model(model)
+        parallel = self.recipe.role(role).parallel
+        return build_model(path, Architecture.read(path), parallel, self.recipe.precision, self.grid(role), self.world.device)
+
+    def load_teacher(self, role: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
+        """A frozen teacher in its own layout, with its head cut for the student's."""
+        settings: Role = self.recipe.role(role)
+        model = freeze(self.load_model(role, settings.model))
+        head_VK = None
+        if student.is_last_stage:
+            head_VK = load_head(self.recipe.path_of_model(settings.model), model.architecture, student.at.tensor,
+                                student.layout.tensor, model.dtype, self.world.device)
+        return OnlineTeacher(model, settings.micro_batch, kinds, head_VK)
+
+    def batches(self, step: Step, role: str, model: Model) -> list[Batch]:
+        """This rank's micro-batches of a step for a model in the layout of `role`."""
+        table = step.table(model.grid.layout.data, self.recipe.role(role).micro_batch)
+        return step.batches(table[model.grid.at.data], pad_id=self.tokenizer.pad_id, padding=model.padding,
+                            device=self.world.device)
+
+    def export(self, model: Model, source: str, save_as: str, dtype: str) -> Path:
+        """Writes a model as `models/<save_as>`, with the tokenizer and settings of the model `source`.
+
+        Collective over the world.
+        """
+        directory = self.recipe.output / "models" / save_as
+        chunks = range(len(model.chunks))
+        export_model(
+            ExportTarget(directory, self.recipe.path_of_model(source), EXPORT_DTYPES[dtype]), model.architecture, model.shards,
+            [model.parameters_of(chunk) for chunk in chunks], layout=model.grid.layout, at=model.grid.at,
+            tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD,
+        )
+        return directory
+
+
+def choose_rows(rows: list[PreferenceRow], count: int | None, seed: int) -> list[PreferenceRow]:
+    """`count` of the rows in an order that the seed alone decides (all, in the files' order, when count is None)."""
+    if count is None:
+        return rows
+    return [rows[index] for index in StepSampler(len(rows), min(count, len(rows)), seed).indices(0)]

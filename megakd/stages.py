@@ -1,0 +1,135 @@
+"""What each kind of stage does once the run is up. `pipeline.py` decides which of them run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, TrainStage
+from megakd.data import artefacts
+from megakd.data.dataset import left_out
+from megakd.data.dataset import prompts as tokenised_prompts
+from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
+from megakd.manifest import hash_path, write_json_atomic
+from megakd.mcore.model import freeze
+from megakd.report import write_report
+from megakd.rollout.engine import Prompt
+from megakd.rollout.sampling import Sampling
+from megakd.run import ROLLOUTS, Run
+from megakd.train import train
+
+logger = logging.getLogger("megakd")
+
+SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What goes into the stage's manifest, the same on every rank."""
+
+    tokens: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_stage(run: Run, stage: AnyStage, fingerprint: str) -> StageResult:
+    """Does one stage. Every rank calls it."""
+    match stage:
+        case TrainStage():
+            return _train(run, stage, fingerprint)
+        case GenerateStage():
+            return _generate(run, stage)
+        case EvalStage():
+            return _evaluate(run, stage)
+        case ExportStage():
+            return _export(run, stage)
+        case ReportStage():
+            return _report(run)
+
+
+def _train(run: Run, stage: TrainStage, fingerprint: str) -> StageResult:
+    _remove_unfinished_model(run, stage.save_as)
+    result = train(run, stage, fingerprint)
+    if run.is_root:
+        # The model is written; its training state is of no more use.
+        shutil.rmtree(run.folder(stage.name) / "checkpoints", ignore_errors=True)
+    return StageResult(result.tokens, result.metrics)
+
+
+def _generate(run: Run, stage: GenerateStage) -> StageResult:
+    limit = run.recipe.data.max_length - 1
+    prompts, skipped = tokenised_prompts(run.train_rows, run.tokenizer, limit, too_long=run.recipe.data.too_long)
+    model = freeze(run.load_model("student", stage.model))
+    sampling = Sampling(
+        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, n=1, max_new_tokens=stage.max_new_tokens,
+        stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed,
+    )
+    asked = [Prompt(_sample_id(prompt.key), prompt.tokens) for prompt in prompts]
+    answers = generate_on_replicas(run, model, asked, sampling, stage.slots)
+    if run.is_root:
+        directory = run.recipe.path_of_model(stage.model)
+        settings = {**stage.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"}), "seed": run.recipe.seed}
+        header = artefacts.RolloutsHeader(hash_path(directory), run.tokenizer.fingerprint, settings)
+        rows = [
+            artefacts.Rollout(prompt.key, prompt.hash, answer.tokens, run.tokenizer.decode(answer.tokens),
+                              answer.finish_reason, answer.log_probs)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        artefacts.write_rollouts(run.folder(stage.name) / ROLLOUTS, header, rows + [left_out(prompt) for prompt in skipped])
+    tokens = sum(len(answer.tokens) for answer in answers)
+    stopped = sum(answer.finish_reason == "stop" for answer in answers)
+    return StageResult(tokens, {"answers": len(answers), "stopped": stopped / len(answers),
+                                "mean_tokens": tokens / len(answers)})
+
+
+def _evaluate(run: Run, stage: EvalStage) -> StageResult:
+    evaluation = Evaluation(run, stage)
+    summary: dict[str, Any] = {}
+    answers: dict[str, list[str]] = {}
+    for label, model in stage.models.items():
+        summary[label], answers[label] = evaluation.measure(freeze(run.load_model("student", model)))
+        if run.is_root:
+            logger.info("%s: %s", label, ", ".join(f"{name} {value:.4f}" for name, value in summary[label].items()))
+    if run.is_root:
+        lines = [
+            {"prompt": row.prompt[-1]["content"], **{label: texts[number] for label, texts in answers.items()},
+             "chosen": row.chosen}
+            for number, row in enumerate(evaluation.prompt_rows)
+        ]
+        with artefacts.atomic_writer(run.folder(stage.name) / SAMPLES) as stream:
+            stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        write_json_atomic(run.recipe.output / SUMMARY, summary)
+    return StageResult(evaluation.tokens, summary)
+
+
+def _export(run: Run, stage: ExportStage) -> StageResult:
+    _remove_unfinished_model(run, stage.save_as)
+    model = freeze(run.load_model("student", stage.model))
+    directory = run.export(model, stage.model, stage.save_as, stage.dtype)
+    return StageResult(0, {"path": str(directory)})
+
+
+def _report(run: Run) -> StageResult:
+    if run.is_root:
+        write_report(run.recipe.output)
+    return StageResult()
+
+
+def _remove_unfinished_model(run: Run, name: str) -> None:
+    """A model without its stage's manifest was left by a run that was killed between the two; it is made again."""
+    directory = run.recipe.output / "models" / name
+    if run.is_root and directory.exists():
+        shutil.rmtree(directory)
+    dist.barrier(group=dist.group.WORLD)
+
+
+def _sample_id(key: str) -> int:
+    """A number that names a row whatever other rows are drawn beside it; it seeds the row's noise."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)

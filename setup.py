@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (here / "megakd/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="megakd",
+    version=version,
+    description="Preference distillation of large teachers into small students on megatron-core",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megakd", "megakd.*"]),
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.17",
+        # What megatron-core imports without declaring it.
+        "einops>=0.8",
+        "psutil>=6",
+        "numpy>=1.26",
+        "pydantic>=2.12,<3",
+        "pyyaml>=6",
+        "jinja2>=3.1",
+        "safetensors>=0.5",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+        "pyarrow>=15",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # Both build against the CUDA torch that is installed; see docs/gpu_status.md.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        # Reading GGUF files and comparing with transformers.
+        "hf": ["transformers>=5,<6", "gguf>=0.17", "accelerate>=1.10"],
+        "eval": ["rouge-score>=0.1.2"],
+        "wandb": ["wandb>=0.19"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["megakd = megakd.cli:main"]},
+)

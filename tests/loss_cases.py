@@ -1,0 +1,181 @@
+"""Inputs for the per-token losses, and the check of values and gradients against the float64 reference.
+
+Used with one process by tests/unit and with several by tests/dist: an implementation is run on a rank's share of the
+vocabulary, and the shares of the gradients are put together again before they are compared.
+
+Legend: T tokens, V columns (of all ranks), H student width, K teacher width, J reference width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megakd import losses
+from megakd.losses import reference
+
+LOSSES = ("log_probs", "forward_kl", "reverse_kl", "jsd", "akl", "advantage")
+WIDTHS = (8, 5, 10)
+SIZES = {"log_probs": 1, "advantage": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs of one loss."""
+
+    loss: str
+    fused: bool
+    tokens: int = 13
+    vocab: int | None = 33
+    columns: int = 48
+    """Columns with the padding, of all ranks. At TP 4, 33 of 48 leaves the last rank without a real column."""
+    chunk: int = 5
+    temperature: float = 1.0
+    beta: float = 0.3
+    mu: float = 0.47
+    dtype: torch.dtype = torch.float32
+    big: bool = False
+    """Logits between -80 and 80, exact in float32, with many ties."""
+    teacher_columns: int | None = None
+    """Padded width of the teachers where it is not the student's."""
+    label: str = ""
+
+    def __str__(self):
+        return f"{self.loss}{'-fused' if self.fused else ''}{'-' if self.label else ''}{self.label}"
+
+
+def variants(loss: str, fused: bool) -> list[Case]:
+    """The situations that each loss is tried in."""
+    base = Case(loss, fused)
+    found = [
+        base,
+        replace(base, label="unpadded", vocab=None),
+        replace(base, label="big", big=True),
+        replace(base, label="one-token", tokens=1),
+        replace(base, label="no-token", tokens=0),
+        replace(base, label="bf16", dtype=torch.bfloat16),
+        replace(base, label="float64", dtype=torch.float64),
+    ]
+    if loss in ("forward_kl", "reverse_kl", "jsd", "akl"):
+        found.append(replace(base, label="temperature", temperature=2.5))
+    if loss == "akl":
+        found += [replace(base, label="empty-head", mu=0.0), replace(base, label="broad-head", mu=0.99)]
+    return found
+
+
+def inputs(case: Case) -> dict[str, list[torch.Tensor] | torch.Tensor]:
+    """Whole tensors of a case: for each model [hidden, head] or [logits], labels and the weights of the tokens."""
+    generator = torch.Generator().manual_seed(1234)
+    models = []
+    for place, width in enumerate(WIDTHS[: SIZES.get(case.loss, 2)]):
+        columns = case.columns if place == 0 or case.teacher_columns is None else case.teacher_columns
+        shapes = [(case.tokens, width), (columns, width)] if case.fused else [(case.tokens, columns)]
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        if case.big:
+            tensors = [tensor.sign() for tensor in tensors]
+            if case.fused:
+                tensors[1] *= 80.0 / width
+            else:
+                tensors[0] = (tensors[0] * torch.randint(0, 81, shapes[0], generator=generator))
+        if case.vocab is not None:  # what stands in the padding is nobody's business
+            padding = tensors[1][case.vocab :] if case.fused else tensors[0][:, case.vocab :]
+            padding.fill_(float("nan"))
+        models.append([tensor.to(case.dtype) for tensor in tensors])
+    labels_T = torch.randint(0, case.vocab or case.columns, (case.tokens,), generator=generator)
+    weights_T = torch.randn(case.tokens, generator=generator, dtype=torch.float64)
+    weights_T[1::4] = 0.0  # tokens whose value the caller masks
+    return {"models": models, "labels_T": labels_T, "weights_T": weights_T}
+
+
+def ours(case: Case, models, labels_T, group) -> torch.Tensor:
+    """The implementation under test."""
+    tensors = [tensor for model in models for tensor in model]
+    settings = {"tp_group": group, "vocab_size": case.vocab} | ({"chunk_tokens": case.chunk} if case.fused else {})
+    match case.loss, case.fused:
+        case "log_probs", True:
+            return losses.fused_token_log_probs(*tensors, labels_T, **settings)
+        case "log_probs", False:
+            return losses.token_log_probs(*tensors, labels_T, **settings)
+        case "advantage", True:
+            return losses.fused_expected_advantage(*tensors, beta=case.beta, **settings)
+        case "advantage", False:
+            return losses.expected_advantage(*tensors, beta=case.beta, **settings)
+    settings |= {"beta": case.beta, "temperature": case.temperature, "mu": case.mu}
+    return (losses.fused_divergence if case.fused else losses.divergence)(case.loss, *tensors, **settings)
+
+
+def run(case: Case, implementation=ours, group=None) -> dict[str, torch.Tensor]:
+    """Value and gradients of sum(weights * value) on this rank, which holds its share of the columns."""
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    data = inputs(case)
+    for model in data["models"]:
+        model[-1] = model[-1].chunk(size, dim=0 if case.fused else 1)[rank].clone()
+    student = [tensor.requires_grad_() for tensor in data["models"][0]]
+    teachers = [tensor.requires_grad_() for model in data["models"][1:] for tensor in model]
+    value_T = implementation(case, data["models"], data["labels_T"], group)
+    assert value_T.requires_grad and value_T.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
+    (value_T * data["weights_T"].to(value_T.dtype)).sum().backward()
+    assert all(tensor.grad is None for tensor in teachers), "a teacher got a gradient"
+    return {"value": value_T.detach()} | {name: tensor.grad for name, tensor in zip(_names(case), student)}
+
+
+def expected(case: Case) -> dict[str, torch.Tensor]:
+    """The same from the reference, in float64, on the inputs as rounded to their dtype."""
+    data = inputs(case)
+    student = [tensor.double().requires_grad_() for tensor in data["models"][0]]
+    models = [student, *([tensor.double() for tensor in model] for model in data["models"][1:])]
+    # Junk columns are cut before the product: autograd would spread them.
+    logits = [model[0] @ model[1][: case.vocab].t() if case.fused else model[0] for model in models]
+    match case.loss:
+        case "log_probs":
+            value_T = reference.token_log_probs(*logits, data["labels_T"], vocab_size=case.vocab)
+        case "advantage":
+            value_T = reference.expected_advantage(*logits, beta=case.beta, vocab_size=case.vocab)
+        case kind:
+            settings = {"beta": case.beta, "temperature": case.temperature, "mu": case.mu, "vocab_size": case.vocab}
+            value_T = reference.divergence(kind, *logits, **settings)
+    (value_T * data["weights_T"]).sum().backward()
+    return {"value": value_T.detach()} | {name: tensor.grad for name, tensor in zip(_names(case), student)}
+
+
+def check(case: Case, ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Compares what `run` gave on each rank with the reference; returns the relative errors."""
+    right = expected(case)
+    tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
+    errors = {"value": max(_error(rank["value"], right["value"]) for rank in ranks)}
+    assert errors["value"] <= tolerance, f"{case}: value is off by {errors['value']:.2e}"
+    if case.dtype == torch.bfloat16:
+        tolerance = 2.0**-8  # gradients come in the inputs' dtype
+    names = _names(case)
+    got = {names[-1]: torch.cat([rank[names[-1]] for rank in ranks], dim=0 if case.fused else 1)}
+    for name in names:
+        assert all(rank[name].dtype == case.dtype for rank in ranks), f"{case}: dtype of the gradient of {name}"
+        found = [got[name]] if name in got else [rank[name] for rank in ranks]
+        errors[name] = max(_error(gradient, right[name]) for gradient in found)
+        assert errors[name] <= tolerance, f"{case}: the gradient of {name} is off by {errors[name]:.2e}"
+    _check_exact_zeros(case, got | {name: ranks[0][name] for name in names[:-1]})
+    return errors
+
+
+def _check_exact_zeros(case: Case, gradients: dict[str, torch.Tensor]) -> None:
+    by_token = gradients[_names(case)[0]]
+    assert (by_token[1::4] == 0).all(), f"{case}: a masked token has a gradient"
+    if case.vocab is not None:
+        padding = gradients["head"][case.vocab :] if case.fused else gradients["logits"][:, case.vocab :]
+        assert (padding == 0).all(), f"{case}: the padding has a gradient"
+
+
+def _names(case: Case) -> tuple[str, ...]:
+    return ("hidden", "head") if case.fused else ("logits",)
+
+
+def _error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest difference relative to the largest magnitude; inf for a wrong shape or anything that is not finite."""
+    if found.shape != right.shape or not found.isfinite().all():
+        return float("inf")
+    if found.numel() == 0:
+        return 0.0
+    difference, size = (found.double() - right).abs().max().item(), right.abs().max().item()
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))

@@ -1,0 +1,142 @@
+"""The gradient of a whole step, in every layout of student and teachers, against one process and against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from megakd.batch import Kind
+from megakd.config import AdpaObjective, DckdObjective, DpoObjective, Parallel
+from tests.mcore.cases import Distillation, first_gradients
+from tests.mcore.tiny import make_groups, make_llama
+from tests.ranks import run_ranks
+
+OBJECTIVES = {
+    "dpo": DpoObjective(beta=0.3, sft_weight=0.5),
+    "dckd": DckdObjective(alpha=0.7),
+    "adpa": AdpaObjective(gamma=1.5, beta=0.8),
+}
+KINDS = {
+    "dpo": (Kind.CHOSEN, Kind.REJECTED), "dckd": (Kind.CHOSEN, Kind.REJECTED), "adpa": (Kind.CHOSEN, Kind.ROLLOUT),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "student": str(make_llama(folder / "student", seed=1)),
+        "teacher": str(make_llama(folder / "teacher", seed=2, hidden=64, heads=8, kv_heads=4, tied=False)),
+        "reference": str(make_llama(folder / "reference", seed=3, layers=2)),
+    }
+
+
+def naive_gradients(directories: dict[str, str], method: str, groups) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients in float64 by transformers and autograd, from the formulas of the papers."""
+    models = {role: LlamaForCausalLM.from_pretrained(path, dtype=torch.float64) for role, path in directories.items()}
+
+    def rows(role: str, sample) -> torch.Tensor:
+        tokens = torch.tensor([sample.tokens])
+        return models[role](tokens).logits[0, sample.prompt_length - 1 : -1].log_softmax(-1)
+
+    def labels(sample) -> torch.Tensor:
+        return torch.tensor(sample.tokens[sample.prompt_length :])
+
+    def of_kind(kind: Kind) -> list:
+        return [sample for group in groups for sample in group.samples if sample.kind == kind]
+
+    def mean(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(values).mean()
+
+    def nll(samples) -> torch.Tensor:
+        return -mean([rows("student", s).gather(1, labels(s)[:, None])[:, 0] for s in samples])
+
+    def kl(samples) -> torch.Tensor:
+        pairs = [(rows("teacher", s).detach(), rows("student", s)) for s in samples]
+        return mean([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+
+    def sequence(role: str, sample) -> torch.Tensor:
+        return rows(role, sample).gather(1, labels(sample)[:, None]).sum()
+
+    settings = OBJECTIVES[method]
+    if method == "dckd":
+        loss = nll(of_kind(Kind.CHOSEN)) + settings.alpha * (kl(of_kind(Kind.CHOSEN)) + kl(of_kind(Kind.REJECTED)))
+    elif method == "adpa":
+        gains = [
+            (rows("student", s).exp() * settings.beta * (rows("teacher", s) - rows("reference", s)).detach()).sum(-1)
+            for s in of_kind(Kind.ROLLOUT)
+        ]
+        loss = nll(of_kind(Kind.CHOSEN)) - settings.gamma * mean(gains)
+    else:
+        margins = [
+            sequence("student", w) - sequence("reference", w).detach() - sequence("student", r)
+            + sequence("reference", r).detach()
+            for w, r in (group.samples for group in groups)
+        ]
+        loss = -torch.nn.functional.logsigmoid(settings.beta * torch.stack(margins)).mean()
+        loss = loss + settings.sft_weight * nll(of_kind(Kind.CHOSEN))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in models["student"].named_parameters()}
+
+
+def assemble(results) -> dict[str, torch.Tensor]:
+    """The boxes of all ranks as whole tensors; replicas hold the same boxes."""
+    sizes: dict[str, list[int]] = {}
+    for _, boxes in results:
+        for name, offset, values in boxes:
+            ends = [start + size for start, size in zip(offset, values.shape, strict=True)]
+            sizes[name] = [max(a, b) for a, b in zip(sizes.get(name, ends), ends, strict=True)]
+    whole = {name: torch.full(size, float("nan")) for name, size in sizes.items()}
+    for _, boxes in results:
+        for name, offset, values in boxes:
+            whole[name][tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return whole
+
+
+def check(results, loss: float, expected: dict[str, torch.Tensor]) -> float:
+    """Compares every rank's loss and the assembled gradients; returns the largest relative error of a tensor."""
+    for metrics, _ in results:
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    found = assemble(results)
+    assert found.keys() == {name for name in expected if not name.startswith("lm_head") or name in found}
+    worst = 0.0
+    for name, gradient in found.items():
+        error = (gradient.double() - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+        worst = max(worst, error.item())
+    return worst
+
+
+LAYOUTS = {
+    # name: (world, student, teacher, reference, micro-batches)
+    "one process": (1, Parallel(), Parallel(), Parallel(), (4, 2, 8)),
+    "tp2 | pp2 | dp2": (2, Parallel(tensor=2, pad_heads=True), Parallel(pipeline=2), Parallel(), (2, 1, 4)),
+    "pp2 | tp2 | dp2": (2, Parallel(pipeline=2), Parallel(tensor=2), Parallel(), (1, 4, 2)),
+    "dp2 | tp2 | pp2": (2, Parallel(), Parallel(tensor=2), Parallel(pipeline=2), (2, 4, 2)),
+    "tp2 sp | tp2 sp | dp2": (
+        2, Parallel(tensor=2, sequence=True, pad_heads=True), Parallel(tensor=2, sequence=True), Parallel(), (2, 4, 2)),
+    "tp2 pp2 | dp4 | tp4": (
+        4, Parallel(tensor=2, pipeline=2, pad_heads=True), Parallel(), Parallel(tensor=4, pad_heads=True), (2, 1, 4)),
+    "dp4 | tp2 pp2 | pp2 dp2": (4, Parallel(), Parallel(tensor=2, pipeline=2), Parallel(pipeline=2), (1, 2, 1)),
+    "tp4 | pp2 dp2 | tp2 dp2": (
+        4, Parallel(tensor=4, pad_heads=True), Parallel(pipeline=2), Parallel(tensor=2, pad_heads=True), (4, 2, 2)),
+    "pp2 vpp2 dp2 | tp4 | dp4": (
+        4, Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=4), Parallel(), (1, 2, 1)),
+    "tp2 sp pp2 vpp2 | pp4 | dp4": (
+        4, Parallel(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, pad_heads=True), Parallel(pipeline=4),
+        Parallel(), (2, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_first_gradients_equal_plain_torch(directories, method, layout):
+    world, student, teacher, reference, micro_batches = LAYOUTS[layout]
+    groups = tuple(make_groups(8, KINDS[method]))
+    loss, expected = naive_gradients(directories, method, groups)
+    case = Distillation(
+        directories, {"student": student, "teacher": teacher, "reference": reference},
+        dict(zip(("student", "teacher", "reference"), micro_batches, strict=True)), OBJECTIVES[method], groups, 8,
+    )
+    print(f"{method}, {layout}: worst relative error {check(run_ranks(world, first_gradients, case), loss, expected):.1e}")

@@ -1,0 +1,117 @@
+"""The rollout engine on real megatron-core models: against transformers, and the same over layouts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megakd.config import Parallel
+from megakd.mcore.model import PipelineDecoder
+from megakd.rollout import Prompt, Rollout, Sampling, generate
+from tests.hf_models import architecture, random_tensors, write_model
+from tests.mcore import cases
+from tests.ranks import run_ranks
+
+LENGTHS = (5, 1, 9, 3, 14, 2, 7)
+LAYOUTS = [Parallel(), Parallel(tensor=2, pad_heads=True), Parallel(pipeline=2),
+           Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=2, pipeline=2, pad_heads=True)]
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=8, stop_ids=(), seed=3)
+SAMPLED = Sampling(temperature=1.1, top_k=60, top_p=0.9, n=2, max_new_tokens=8, stop_ids=tuple(range(0, 150, 12)),
+                   seed=3)
+
+
+def _prompts(vocab_size: int) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    return [Prompt(number, tuple(torch.randint(vocab_size, (length,), generator=generator).tolist()))
+            for number, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    # Large weights, so that no two tokens are near a tie; an odd number of groups, so that TP 2 pads them.
+    toy = architecture()
+    tensors = {name: tensor * 6 if tensor.ndim == 2 else 1 + tensor for name, tensor in random_tensors(toy).items()}
+    return str(write_model(tmp_path_factory.mktemp("rollout") / "model", toy, tensors))
+
+
+def _generate(
+    directory: str, parallel: Parallel, prompts: list[Prompt], sampling: Sampling, slots: int
+) -> list[Rollout]:
+    """On each rank: its replica's share of the prompts."""
+    model = cases.build(directory, parallel)
+    mine = prompts[model.grid.at.data :: model.grid.layout.data]
+    return generate(PipelineDecoder(model, 64), mine, sampling, slots=slots, pad_id=0)
+
+
+def _transformers_greedy(directory: str, prompts: list[Prompt], sampling: Sampling) -> list[tuple[list, list]]:
+    """Tokens and log-probs of each prompt, everything computed afresh for each token."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        tokens, log_probs = list(prompt.tokens), []
+        for _ in range(sampling.max_new_tokens):
+            with torch.no_grad():
+                log_probs_V = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(0)
+            tokens.append(int(log_probs_V.argmax()))
+            log_probs.append(float(log_probs_V.max()))
+        answers.append((tokens[len(prompt.tokens) :], log_probs))
+    return answers
+
+
+def _name(parallel: Parallel) -> str:
+    return f"tp{parallel.tensor}-pp{parallel.pipeline}-vpp{parallel.virtual_pipeline}"
+
+
+def _ranks(parallel: Parallel) -> int:
+    return parallel.tensor * parallel.pipeline
+
+
+def _assert_equal(mine: list[Rollout], theirs: list[Rollout]):
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one.sample_id, one.index, one.tokens, one.finish_reason) == (
+            other.sample_id, other.index, other.tokens, other.finish_reason)
+        torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=_name)
+def test_greedy_equals_transformers_on_every_rank(directory, parallel):
+    prompts = _prompts(150)
+    expected = _transformers_greedy(directory, prompts, GREEDY)
+    for rollouts in run_ranks(_ranks(parallel), _generate, directory, parallel, prompts, GREEDY, 3):
+        for rollout, (tokens, log_probs) in zip(rollouts, expected, strict=True):
+            assert list(rollout.tokens) == tokens
+            torch.testing.assert_close(torch.tensor(rollout.log_probs), torch.tensor(log_probs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS[1:], ids=_name)
+def test_draws_are_the_same_in_every_layout(directory, parallel):
+    prompts = _prompts(150)
+    whole = run_ranks(1, _generate, directory, Parallel(), prompts, SAMPLED, 64)[0]
+    assert {rollout.finish_reason for rollout in whole} == {"stop", "length"}
+    for rollouts in run_ranks(_ranks(parallel), _generate, directory, parallel, prompts, SAMPLED, 3):
+        _assert_equal(rollouts, whole)
+
+
+def test_replicas_share_the_prompts_out(directory):
+    prompts = _prompts(150)
+    whole = run_ranks(1, _generate, directory, Parallel(), prompts, SAMPLED, 64)[0]
+    first, first_too, second, second_too = run_ranks(
+        4, _generate, directory, Parallel(tensor=2, pad_heads=True), prompts, SAMPLED, 2)
+    assert first == first_too and second == second_too
+    _assert_equal(sorted(first + second, key=lambda rollout: (rollout.sample_id, rollout.index)), whole)
+
+
+@pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ, reason="MEGAKD_TEST_MODEL names no model directory")
+def test_a_real_model_answers_as_in_transformers():
+    directory = os.environ["MEGAKD_TEST_MODEL"]
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(directory)
+    texts = ["The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return"]
+    prompts = [Prompt(number, tuple(tokenizer(text)["input_ids"])) for number, text in enumerate(texts)]
+    expected = _transformers_greedy(directory, prompts, GREEDY)
+    rollouts = run_ranks(2, _generate, directory, Parallel(tensor=2, pad_heads=True), prompts, GREEDY, 2)[0]
+    for rollout, (tokens, log_probs) in zip(rollouts, expected, strict=True):
+        assert list(rollout.tokens) == tokens
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), torch.tensor(log_probs), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,204 @@
+"""A pool of gloo ranks for tests: `run_ranks(world, function, *args)` runs `function(*args)` on each of them.
+
+Importing torch (and megatron-core) costs more than most multi-rank tests, so a pool of each world size is started once
+a session and kept. The processes are forked from a server process that has run nothing but those imports: as clean as
+spawned ones, and the imports are paid once for all the ranks of all the pools.
+
+In a test file (`function` and its arguments must be picklable, so it lives at the module's top level):
+
+    from tests.ranks import run_ranks, subgroup
+
+    def _sum_of_ranks():
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total, group=subgroup((0, 1)))
+        return total.item()
+
+    def test_sum():
+        assert run_ranks(2, _sum_of_ranks) == [1.0, 1.0]
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_START_SECONDS = 180.0
+_GRACE_SECONDS = 1.0  # after a first failure: how long other ranks may take to report theirs
+_HEAVY_MODULES = ("torch", "torch.distributed", "megatron.core")
+
+_pools: dict[int, _Pool] = {}
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+class RankError(AssertionError):
+    """A function failed on a rank. The message holds the rank and its traceback; `rank` is the first that failed."""
+
+    def __init__(self, rank: int, world: int, text: str):
+        self.rank = rank
+        super().__init__(f"rank {rank} of {world} failed:\n{text}")
+
+
+def run_ranks(world: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+    """Runs a module-level function on every rank of a pool and returns its results in the order of the ranks.
+
+    Args:
+        world: number of ranks. The default process group (gloo) has them all; `subgroup` makes smaller ones.
+        function: called as `function(*args)` on each rank; results and arguments are copied, tensors included.
+        timeout: seconds after which a pool that has not answered is killed.
+
+    Raises:
+        RankError: the function raised on some rank. The pool is thrown away, as its ranks may be out of step.
+        TimeoutError: some rank did not answer in time. The pool is killed.
+    """
+    if world not in _pools:
+        _pools[world] = _Pool(world)
+    try:
+        return _pools[world].call(function, args, timeout)
+    except BaseException:
+        _pools.pop(world).kill()
+        raise
+
+
+def subgroup(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Inside a rank: the process group of `ranks`, made once and kept.
+
+    All ranks of the pool must call it with the same tuples in the same order, members or not.
+    """
+    if ranks == tuple(range(dist.get_world_size())):
+        return dist.group.WORLD
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group(list(ranks))
+    return _groups[ranks]
+
+
+def close_pools() -> None:
+    """Ends all pools; the session fixture in conftest.py calls it."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+class _Pool:
+    def __init__(self, world: int):
+        self.world = world
+        self.directory = tempfile.mkdtemp(prefix="ranks-")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([name for name in _HEAVY_MODULES if name in sys.modules])
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self.pipes, self.processes = [], []
+        try:
+            for rank in range(world):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, world, self.directory, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self.processes.append(process)
+            self.collect(time.monotonic() + _START_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def call(self, function: Callable, args: tuple, timeout: float) -> list[Any]:
+        # Plain pickle, not the connection's own: that one would pass tensors by shared memory, whose life is tied to
+        # both processes. The import path goes ahead, as the function's module may be new to the rank.
+        payload = pickle.dumps((function, args))
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send_bytes(pickle.dumps(sys.path))
+                pipe.send_bytes(payload)
+            except OSError as error:
+                raise RankError(rank, self.world, f"the process has ended ({error})") from error
+        return self.collect(time.monotonic() + timeout)
+
+    def collect(self, deadline: float) -> list[Any]:
+        """One answer of each rank, in their order; raises the first failure with those that follow at once."""
+        answers: dict[int, Any] = {}
+        failures: list[tuple[int, str]] = []
+        waiting = dict(zip(self.pipes, range(self.world)))
+        while waiting:
+            for pipe in (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+                rank = waiting.pop(pipe)
+                try:
+                    succeeded, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError) as error:
+                    self.processes[rank].join(_GRACE_SECONDS)
+                    code = self.processes[rank].exitcode
+                    succeeded, value = False, f"the process ended, exit code {code} ({error!r})"
+                if succeeded:
+                    answers[rank] = value
+                else:
+                    failures.append((rank, value))
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if not ready:
+                break
+        if failures:
+            others = [f"\nrank {rank} too: {text.strip().splitlines()[-1]}" for rank, text in failures[1:]]
+            raise RankError(failures[0][0], self.world, failures[0][1] + "".join(others))
+        if waiting:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} of {self.world} did not answer in time")
+        return [answers[rank] for rank in range(self.world)]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # a rank that waits for work ends at the end of its pipe
+        for process in self.processes:
+            process.join(2)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _serve(rank: int, world: int, directory: str, pipe: Connection) -> None:
+    """Life of one rank: join the group, say so, then answer calls until the pipe ends."""
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's host name need not resolve
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    pipe.send_bytes(pickle.dumps((True, rank)))
+    while True:
+        try:
+            paths = pickle.loads(pipe.recv_bytes())
+            payload = pipe.recv_bytes()
+        except (EOFError, OSError):
+            break
+        sys.path.extend(path for path in paths if path not in sys.path)
+        pipe.send_bytes(_answer(payload))
+    # No destroy_process_group: peers may be gone already, and the process ends here.
+    os._exit(0)
+
+
+def _answer(payload: bytes) -> bytes:
+    try:
+        function, args = pickle.loads(payload)
+        return pickle.dumps((True, function(*args)))
+    except Exception:  # whatever it is, the test gets it
+        text = io.StringIO()
+        traceback.print_exc(file=text)
+        return pickle.dumps((False, text.getvalue()))
