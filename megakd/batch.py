@@ -30,6 +30,11 @@ class Sample:
     prompt_length: int
     kind: Kind
 
+    def __post_init__(self):
+        if not 1 <= self.prompt_length <= len(self.tokens):
+            raise ValueError(f"a prompt of {self.prompt_length} tokens in a sequence of {len(self.tokens)}: the first "
+                             "response token needs a token before it")
+
 
 @dataclass(frozen=True)
 class Group:

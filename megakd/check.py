@@ -13,17 +13,15 @@ import yaml
 
 from megakd.batch import Kind
 from megakd.config import MODEL_OF_RUN, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, check_world
-from megakd.data.dataset import preference_groups, prompts
-from megakd.data.readers import read_preferences
+from megakd.data.dataset import preference_groups, prompts, read_rows
 from megakd.data.sampler import StepSampler
-from megakd.data.tokenizers import load_tokenizer, require_same
+from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, pieces, stage_shards
 from megakd.log import require_loggers
 from megakd.manifest import require_room
 from megakd.objectives import build_objective
-from megakd.run import choose_rows
 
 BYTES_PER_PARAMETER = 4
 """Models and checkpoints are written in float32."""
@@ -110,9 +108,9 @@ def check_models(recipe: Recipe) -> dict[str, Architecture]:
         elif isinstance(stage, EvalStage):
             for label, model in stage.models.items():
                 _checked(recipe, model, "student", f"stages.{stage.name}.models.{label}")
-    own = load_tokenizer(directory_behind(recipe, recipe.reference.model))
+    own = tokenizer_of(recipe, recipe.reference.model)
     for model in sorted({recipe.student.model, recipe.teacher.model, *_inits(recipe)}):
-        require_same(own, load_tokenizer(directory_behind(recipe, model)))
+        require_same(own, tokenizer_of(recipe, model))
     sizes = {name: architecture.vocab_size for name, architecture in architectures.items()}
     if len(set(sizes.values())) > 1:
         raise ModelError("the models have vocabularies of different sizes: "
@@ -122,6 +120,11 @@ def check_models(recipe: Recipe) -> dict[str, Architecture]:
         raise ModelError(f"{own.directory}: the tokenizer has {own.vocab_size} tokens, the models' heads {sizes['student']}. "
                          "Use the tokenizer that the models were trained with")
     return architectures
+
+
+def tokenizer_of(recipe: Recipe, model: str) -> Tokenizer:
+    """The tokenizer of a model or of what it will be made from."""
+    return load_tokenizer(directory_behind(recipe, model), chat_template=recipe.data.chat_template)
 
 
 def _inits(recipe: Recipe) -> list[str]:
@@ -144,7 +147,7 @@ def _checked(recipe: Recipe, model: str, role: str, field: str) -> Architecture:
 
 def check_rows(recipe: Recipe) -> None:
     """Reads and tokenises the data that the stages need."""
-    tokenizer = load_tokenizer(directory_behind(recipe, recipe.reference.model))
+    tokenizer = tokenizer_of(recipe, recipe.reference.model)
     data = recipe.data
     trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
     evals = [stage for stage in recipe.stages if isinstance(stage, EvalStage)]
@@ -154,7 +157,7 @@ def check_rows(recipe: Recipe) -> None:
     if evals and not data.eval:
         raise ConfigError("data.eval", [], "a stage reads held-out rows and no file is named", "Name JSONL or Parquet files")
     if trains or generates:
-        rows = choose_rows(read_preferences(data.train), data.train_rows, recipe.seed)
+        rows = read_rows(data.train, data.train_rows, recipe.seed)
         for stage in trains:
             kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind is not Kind.ROLLOUT]
             groups = preference_groups(rows, tokenizer, kinds, max_length=data.max_length, too_long=data.too_long)
@@ -162,7 +165,7 @@ def check_rows(recipe: Recipe) -> None:
         for stage in generates:
             prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
     if evals:
-        rows = choose_rows(read_preferences(data.eval), data.eval_rows, recipe.seed)
+        rows = read_rows(data.eval, data.eval_rows, recipe.seed)
         preference_groups(rows, tokenizer, (Kind.CHOSEN, Kind.REJECTED), max_length=data.max_length, too_long=data.too_long)
 
 

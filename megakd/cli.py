@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key.key=value", help="settings laid over the recipe, e.g. "
                      "student.parallel.tensor=2 or stages.adpa.steps=20")
     run.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)")
+    run.add_argument("--redo", action="append", default=[], metavar="NAME", help="forget this stage's result and make it "
+                     "again (may be repeated)")
     run.add_argument("--check", action="store_true", help="check everything, start nothing")
     run.set_defaults(action=run_command)
 
@@ -55,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
 def run_command(options: argparse.Namespace) -> int:
     """`megakd run`. Under a launcher (RANK is set) this process is a rank; else it checks and starts the ranks."""
     recipe = load(options.recipe, tuple(options.overrides))
-    check_stage_names(recipe, options.stage)
+    check_stage_names(recipe, "--stage", options.stage)
+    check_stage_names(recipe, "--redo", options.redo)
     launched = "RANK" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if launched else recipe.processes
     # Imported late: a mistake in the recipe is told before torch is loaded.
@@ -69,20 +72,20 @@ def run_command(options: argparse.Namespace) -> int:
         start_ranks(recipe)
     from megakd.pipeline import run_recipe
 
-    run_recipe(recipe, tuple(options.stage))
+    run_recipe(recipe, tuple(options.stage), tuple(options.redo))
     if int(os.environ["RANK"]) == 0:
         show_result(recipe)
     return 0
 
 
-def check_stage_names(recipe: Recipe, names: Sequence[str]) -> None:
-    """Refuses a --stage that the recipe does not have."""
+def check_stage_names(recipe: Recipe, option: str, names: Sequence[str]) -> None:
+    """Refuses a stage that the recipe does not have."""
     from megakd.errors import ConfigError
 
     known = [stage.name for stage in recipe.stages]
     for name in names:
         if name not in known:
-            raise ConfigError("--stage", name, "the recipe has no such stage", f"There are: {', '.join(known)}")
+            raise ConfigError(option, name, "the recipe has no such stage", f"There are: {', '.join(known)}")
 
 
 def start_ranks(recipe: Recipe) -> None:

@@ -73,6 +73,8 @@ class Data(Section):
     """How many training rows to use, drawn once by the seed; all when left out."""
     eval_rows: int | None = Field(None, ge=1)
     """How many held-out rows to use, drawn once by the seed; all when left out."""
+    chat_template: Path | None = None
+    """File of a chat template in place of the models' own (base models and SentencePiece models have none)."""
     max_length: int = Field(512, ge=2)
     """Longest sequence in tokens, prompt and answer together."""
     too_long: Literal["error", "drop"] = "error"

@@ -8,6 +8,7 @@ sizes), so that a run can go on with another number of ranks.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 from megakd.comm import broadcast_json
 from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, dump
-from megakd.manifest import Manifest, finished_stage, hash_path, stage_fingerprint, versions
+from megakd.errors import MegakdError
+from megakd.manifest import Manifest, finished_stage, hash_path, stage_fingerprint, versions, write_text_atomic
 from megakd.mcore import runtime
 from megakd.objectives import build_objective
 from megakd.run import ROLLOUTS, Run
@@ -30,8 +32,10 @@ HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
 """Settings of a stage that its result does not depend on."""
 
 
-def run_recipe(recipe: Recipe, only: Sequence[str] = ()) -> None:
+def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """Runs a recipe's stages on this rank (all ranks call it): those that are not done, or just those in `only`.
+
+    The folders of the stages in `redo` are removed first.
 
     Raises:
         MegakdError: a stage cannot run as asked. ConfigErrors that can be found beforehand have been (`check.py`).
@@ -42,7 +46,9 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = ()) -> None:
         runtime.seed(recipe.seed, run.layout("student"), world.rank)
         if run.is_root:
             recipe.output.mkdir(parents=True, exist_ok=True)
-            (recipe.output / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            for name in redo:
+                shutil.rmtree(run.folder(name), ignore_errors=True)
+            write_text_atomic(recipe.output / "recipe.yaml", dump(recipe))
         for stage in recipe.stages:
             if not only or stage.name in only:
                 _run_or_skip(run, stage)
@@ -53,12 +59,9 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = ()) -> None:
 def _run_or_skip(run: Run, stage: AnyStage) -> None:
     config = stage_config(run.recipe, stage)
     # Rank 0 reads the files; all the others hear of it, so that all take the same way.
-    plan: dict[str, Any] | None = None
-    if run.is_root:
-        inputs = stage_inputs(run.recipe, stage)
-        done = finished_stage(run.folder(stage.name), stage=stage.name, kind=stage.kind, config=config, inputs=inputs)
-        plan = {"inputs": inputs, "done": done is not None and stage.kind != "report"}
-    plan = broadcast_json(plan, 0, dist.group.WORLD, run.world.device)
+    plan = broadcast_json(_plan(run, stage, config) if run.is_root else None, 0, dist.group.WORLD, run.world.device)
+    if plan["refused"] is not None:
+        raise MegakdError(plan["refused"])
     if plan["done"]:
         _say(run, f"{stage.name}: already done")
         return
@@ -80,6 +83,17 @@ def _run_or_skip(run: Run, stage: AnyStage) -> None:
         ).write(run.folder(stage.name))
         _say(run, f"{stage.name}: done in {seconds:.1f} s")
     dist.barrier(group=dist.group.WORLD)
+
+
+def _plan(run: Run, stage: AnyStage, config: dict[str, Any]) -> dict[str, Any]:
+    """What rank 0 finds in the stage's folder. An error is told, not raised: the other ranks wait to hear."""
+    try:
+        inputs = stage_inputs(run.recipe, stage)
+        done = finished_stage(run.folder(stage.name), stage=stage.name, kind=stage.kind, config=config, inputs=inputs)
+    except MegakdError as error:
+        return {"refused": str(error)}
+    # A report is always written anew: it costs nothing and depends on all the others.
+    return {"refused": None, "inputs": inputs, "done": done is not None and stage.kind != "report"}
 
 
 def _sizes(run: Run, role: str) -> dict[str, int]:

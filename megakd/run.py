@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megakd.batch import Batch, Kind, Step
 from megakd.config import Recipe, Role
-from megakd.data.readers import PreferenceRow, read_preferences
-from megakd.data.sampler import StepSampler
+from megakd.data.dataset import read_rows
+from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import Tokenizer, load_tokenizer
 from megakd.hf.exporter import ExportTarget, export_model
 from megakd.hf.families import Architecture
@@ -41,17 +41,18 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's one tokenizer: that of the reference model, which exists from the start."""
-        return load_tokenizer(self.recipe.path_of_model(self.recipe.reference.model))
+        return load_tokenizer(self.recipe.path_of_model(self.recipe.reference.model),
+                              chat_template=self.recipe.data.chat_template)
 
     @cached_property
     def train_rows(self) -> list[PreferenceRow]:
         """The training rows of this run."""
-        return choose_rows(read_preferences(self.recipe.data.train), self.recipe.data.train_rows, self.recipe.seed)
+        return read_rows(self.recipe.data.train, self.recipe.data.train_rows, self.recipe.seed)
 
     @cached_property
     def eval_rows(self) -> list[PreferenceRow]:
         """The held-out rows of this run."""
-        return choose_rows(read_preferences(self.recipe.data.eval), self.recipe.data.eval_rows, self.recipe.seed)
+        return read_rows(self.recipe.data.eval, self.recipe.data.eval_rows, self.recipe.seed)
 
     @property
     def is_root(self) -> bool:
@@ -109,10 +110,3 @@ class Run:
             tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD,
         )
         return directory
-
-
-def choose_rows(rows: list[PreferenceRow], count: int | None, seed: int) -> list[PreferenceRow]:
-    """`count` of the rows in an order that the seed alone decides (all, in the files' order, when count is None)."""
-    if count is None:
-        return rows
-    return [rows[index] for index in StepSampler(len(rows), min(count, len(rows)), seed).indices(0)]

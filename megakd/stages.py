@@ -16,6 +16,7 @@ from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Repor
 from megakd.data import artefacts
 from megakd.data.dataset import left_out
 from megakd.data.dataset import prompts as tokenised_prompts
+from megakd.data.files import atomic_writer
 from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
 from megakd.manifest import hash_path, write_json_atomic
 from megakd.mcore.model import freeze
@@ -75,14 +76,16 @@ def _generate(run: Run, stage: GenerateStage) -> StageResult:
     answers = generate_on_replicas(run, model, asked, sampling, stage.slots)
     if run.is_root:
         directory = run.recipe.path_of_model(stage.model)
-        settings = {**stage.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"}), "seed": run.recipe.seed}
+        settings = stage.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"})
+        settings["seed"] = run.recipe.seed
         header = artefacts.RolloutsHeader(hash_path(directory), run.tokenizer.fingerprint, settings)
         rows = [
             artefacts.Rollout(prompt.key, prompt.hash, answer.tokens, run.tokenizer.decode(answer.tokens),
                               answer.finish_reason, answer.log_probs)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        artefacts.write_rollouts(run.folder(stage.name) / ROLLOUTS, header, rows + [left_out(prompt) for prompt in skipped])
+        rows += [left_out(prompt) for prompt in skipped]
+        artefacts.write_rollouts(run.folder(stage.name) / ROLLOUTS, header, rows)
     tokens = sum(len(answer.tokens) for answer in answers)
     stopped = sum(answer.finish_reason == "stop" for answer in answers)
     return StageResult(tokens, {"answers": len(answers), "stopped": stopped / len(answers),
@@ -103,7 +106,7 @@ def _evaluate(run: Run, stage: EvalStage) -> StageResult:
              "chosen": row.chosen}
             for number, row in enumerate(evaluation.prompt_rows)
         ]
-        with artefacts.atomic_writer(run.folder(stage.name) / SAMPLES) as stream:
+        with atomic_writer(run.folder(stage.name) / SAMPLES) as stream:
             stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         write_json_atomic(run.recipe.output / SUMMARY, summary)
     return StageResult(evaluation.tokens, summary)

@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megakd.batch import Group, Kind, Sample
 from megakd.data.artefacts import Rollout, prompt_hash
 from megakd.data.files import describe_names
-from megakd.data.readers import PreferenceRow
+from megakd.data.readers import PreferenceRow, read_preferences
+from megakd.data.sampler import StepSampler
 from megakd.data.tokenizers import Tokenizer
 from megakd.errors import DataError, ModelError
 
@@ -27,6 +29,17 @@ class KeyedPrompt:
     key: str
     tokens: tuple[int, ...]
     hash: str
+
+
+def read_rows(paths: Sequence[Path], count: int | None, seed: int) -> list[PreferenceRow]:
+    """The rows of data files; `count` of them in an order that the seed alone decides, or all in the files' order.
+
+    Every row needs a prompt and a chosen answer; `preference_groups` asks for what else an objective takes.
+    """
+    rows = read_preferences(paths, require=("prompt", "chosen"))
+    if count is None:
+        return rows
+    return [rows[index] for index in StepSampler(len(rows), min(count, len(rows)), seed).indices(0)]
 
 
 def preference_groups(

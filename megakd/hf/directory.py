@@ -6,13 +6,11 @@ always whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,31 +70,6 @@ def open_tensors(path: Path):
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read as a safetensors file ({error})") from error
-
-
-def hash_model(directory: str | Path) -> str:
-    """sha256 (hex) over the names, sizes and contents of a directory's config.json and safetensors files.
-
-    Raises:
-        ModelError: the directory holds no model.
-    """
-    directory = Path(directory)
-    tensor_files(directory)
-    paths = sorted([directory / "config.json", *directory.glob("*.safetensors")])
-    if not paths[0].is_file():
-        raise ModelError(f"{directory}: no config.json there. Give a Hugging Face model directory")
-    # A thread a file: hashing and reading let go of the interpreter lock.
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_hash_file, paths))
-    total = hashlib.sha256()
-    for path, digest in zip(paths, digests, strict=True):
-        total.update(f"{path.name}\0{path.stat().st_size}\0{digest}\n".encode())
-    return total.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
