@@ -140,9 +140,10 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
     )
     scheduler = OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=settings.lr, min_lr=settings.min_lr,
-        lr_warmup_steps=min(round(settings.warmup * steps), steps - 1), lr_decay_steps=steps, lr_decay_style="cosine",
+        # The decay ends one step after the last: a step at the final rate of zero would be wasted.
+        lr_warmup_steps=round(settings.warmup * steps), lr_decay_steps=steps + 1, lr_decay_style="cosine",
         start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=steps, wd_incr_style="constant",
     )
-    # The schedule counts from 1: a first step at rate zero would be wasted.
+    # It counts from 1, as a first step at rate zero would be wasted, too.
     scheduler.step(increment=1)
     return Trainer(model, optimizer, scheduler)
