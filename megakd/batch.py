@@ -207,11 +207,16 @@ class Step:
         return split_step([group.length for group in self.groups], data, micro_batch)
 
     def batches(self, micro_batches: Sequence[Sequence[int]], *, pad_id: int, padding: Padding,
-                device: torch.device | str) -> list[Batch]:
-        """The micro-batches of one replica, given as its row of `table`."""
-        at_least = max(group.length for group in self.groups) if padding.uniform else 1
+                device: torch.device | str, kinds: Sequence[Kind] = tuple(Kind)) -> list[Batch]:
+        """The micro-batches of one replica, given as its row of `table`; sequences of other kinds are left out."""
+        groups, sample_ids = [], []
+        for group, numbers in zip(self.groups, self.sample_ids, strict=True):
+            kept = [(sample, number) for sample, number in zip(group.samples, numbers, strict=True) if sample.kind in kinds]
+            groups.append(Group(group.key, tuple(sample for sample, _ in kept)))
+            sample_ids.append([number for _, number in kept])
+        at_least = max(group.length for group in groups) if padding.uniform else 1
         return [
-            collate([self.groups[number] for number in numbers], [self.sample_ids[number] for number in numbers],
+            collate([groups[number] for number in numbers], [sample_ids[number] for number in numbers],
                     pad_id=pad_id, multiple=padding.multiple, at_least=at_least, device=device)
             for numbers in micro_batches
         ]

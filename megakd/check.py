@@ -7,6 +7,7 @@ a process group. It reads configurations, tokenizers and data, no weights.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import yaml
@@ -14,13 +15,13 @@ import yaml
 from megakd.batch import Kind
 from megakd.config import MODEL_OF_RUN, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, check_world
 from megakd.data.dataset import preference_groups, prompts, read_rows
-from megakd.data.sampler import StepSampler
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
+from megakd.hf.directory import tensor_files
 from megakd.hf.families import Architecture
-from megakd.hf.pieces import check_layout, pieces, stage_shards
+from megakd.hf.pieces import Piece, check_layout, pieces, stage_shards
 from megakd.log import require_loggers
-from megakd.manifest import require_room
+from megakd.manifest import MANIFEST, require_room
 from megakd.objectives import build_objective
 
 BYTES_PER_PARAMETER = 4
@@ -39,9 +40,9 @@ def check_recipe(recipe: Recipe, world: int) -> None:
     check_backend(recipe)
     require_loggers(wandb=recipe.wandb, tensorboard=False)
     check_output(recipe)
-    architectures = check_models(recipe)
+    check_models(recipe)
     check_rows(recipe)
-    check_room(recipe, architectures)
+    check_room(recipe)
 
 
 def check_backend(recipe: Recipe) -> None:
@@ -50,7 +51,8 @@ def check_backend(recipe: Recipe) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`")
+            raise ConfigError("device", "cuda", "torch sees no CUDA device here",
+                              "Write device: cpu, or see `megakd doctor`")
         if importlib.util.find_spec("transformer_engine") is None:
             raise ConfigError("device", "cuda", "the layers on CUDA are Transformer Engine's, which is not installed",
                               "Install megakd[gpu], or write device: cpu")
@@ -59,27 +61,34 @@ def check_backend(recipe: Recipe) -> None:
 
         capability = torch.cuda.get_device_capability()
         if capability < (8, 9):
-            raise ConfigError("precision.dtype", "fp8", f"this GPU has compute capability {capability[0]}.{capability[1]}; FP8 "
-                              "needs 8.9 (Ada) or later", "Write precision: bf16")
+            raise ConfigError("precision.dtype", "fp8", f"this GPU has compute capability {capability[0]}."
+                              f"{capability[1]}; FP8 needs 8.9 (Ada) or later", "Write precision: bf16")
         if recipe.precision.fp8_recipe == "mxfp8" and capability < (10, 0):
             raise ConfigError("precision.fp8_recipe", "mxfp8", "needs Blackwell (compute capability 10.0)",
                               "Write tensorwise or blockwise")
 
 
 def check_output(recipe: Recipe) -> None:
-    """Refuses an output folder that another recipe has written."""
+    """Refuses an output folder that another recipe has written, or that cannot be made."""
+    place = recipe.output.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        what = "is" if place == recipe.output.absolute() else f"lies below {place}, which is"
+        raise ConfigError("output", str(recipe.output), f"{what} a file", "Name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError("output", str(recipe.output), f"{place} cannot be written to", "Choose another folder")
     file = recipe.output / "recipe.yaml"
-    if recipe.output.exists() and not recipe.output.is_dir():
-        raise ConfigError("output", str(recipe.output), "is a file", "Name a folder")
     if not file.exists():
         return
     try:
         name = yaml.safe_load(file.read_text(encoding="utf-8"))["name"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ConfigError("output", str(recipe.output), "its recipe.yaml cannot be read", "Choose another folder") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        rule = "its recipe.yaml cannot be read"
+        raise ConfigError("output", str(recipe.output), rule, "Choose another folder") from error
     if name != recipe.name:
-        raise ConfigError("output", str(recipe.output), f"holds a run of the recipe {name!r}, this one is {recipe.name!r}",
-                          "Choose another output folder")
+        rule = f"holds a run of the recipe {name!r}, this one is {recipe.name!r}"
+        raise ConfigError("output", str(recipe.output), rule, "Choose another folder")
 
 
 def directory_behind(recipe: Recipe, model: str) -> Path:
@@ -87,97 +96,128 @@ def directory_behind(recipe: Recipe, model: str) -> Path:
     makers = {stage.save_as: stage.init if isinstance(stage, TrainStage) else stage.model
               for stage in recipe.stages if isinstance(stage, TrainStage | ExportStage)}
     while model.startswith(MODEL_OF_RUN):
-        name = model.removeprefix(MODEL_OF_RUN)
-        if name not in makers:
-            raise ConfigError("model", model, f"no stage saves a model as {name!r}", f"There are: {', '.join(makers)}")
-        model = makers[name]
+        model = makers[model.removeprefix(MODEL_OF_RUN)]  # `config.parse` has seen that each is made
     return Path(model)
 
 
-def check_models(recipe: Recipe) -> dict[str, Architecture]:
-    """Reads every model's configuration and tokenizer; returns the architectures by role and by stage."""
-    architectures: dict[str, Architecture] = {}
-    for role in ("student", "teacher", "reference"):
-        settings = recipe.role(role)
-        architectures[role] = _checked(recipe, settings.model, role, f"{role}.model")
+def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Every model that a recipe names: the field that names it -> (model, role in whose layout it runs)."""
+    models = {f"{role}.model": (recipe.role(role).model, role) for role in ("reference", "student", "teacher")}
     for stage in recipe.stages:
-        if isinstance(stage, TrainStage):
-            architectures[stage.name] = _checked(recipe, stage.init, stage.trains, f"stages.{stage.name}.init")
-        elif isinstance(stage, GenerateStage | ExportStage):
-            architectures[stage.name] = _checked(recipe, stage.model, "student", f"stages.{stage.name}.model")
-        elif isinstance(stage, EvalStage):
-            for label, model in stage.models.items():
-                _checked(recipe, model, "student", f"stages.{stage.name}.models.{label}")
-    own = tokenizer_of(recipe, recipe.reference.model)
-    for model in sorted({recipe.student.model, recipe.teacher.model, *_inits(recipe)}):
-        require_same(own, tokenizer_of(recipe, model))
-    sizes = {name: architecture.vocab_size for name, architecture in architectures.items()}
-    if len(set(sizes.values())) > 1:
-        raise ModelError("the models have vocabularies of different sizes: "
-                         + ", ".join(f"{name} {size}" for name, size in sizes.items())
-                         + ". Losses over the vocabulary need the same one; pad or cut the embeddings of one model")
-    if own.vocab_size > sizes["student"]:
-        raise ModelError(f"{own.directory}: the tokenizer has {own.vocab_size} tokens, the models' heads {sizes['student']}. "
-                         "Use the tokenizer that the models were trained with")
-    return architectures
+        field = f"stages.{stage.name}"
+        match stage:
+            case TrainStage():
+                models[f"{field}.init"] = (stage.init, stage.trains)
+            case GenerateStage() | ExportStage():
+                models[f"{field}.model"] = (stage.model, "student")
+            case EvalStage():
+                models |= {f"{field}.models.{label}": (model, "student") for label, model in stage.models.items()}
+    return models
 
 
-def tokenizer_of(recipe: Recipe, model: str) -> Tokenizer:
-    """The tokenizer of a model or of what it will be made from."""
-    return load_tokenizer(directory_behind(recipe, model), chat_template=recipe.data.chat_template)
+def check_models(recipe: Recipe) -> None:
+    """Reads every model's configuration, list of tensors and tokenizer.
+
+    Raises:
+        ConfigError: a directory is missing, or does not fit its role's layout or `data.max_length`.
+        ModelError: a directory is not whole, or two models have different vocabularies or tokenizers.
+    """
+    architectures: dict[Path, Architecture] = {}
+    for field, (model, role) in models_of(recipe).items():
+        directory = directory_behind(recipe, model)
+        if not directory.is_dir():
+            fix = "Give a Hugging Face model directory, or run:NAME"
+            raise ConfigError(field, model, "there is no such directory", fix)
+        if directory not in architectures:
+            architectures[directory] = Architecture.read(directory)
+            check_weights(directory, architectures[directory])
+        architecture, cut = architectures[directory], recipe.role(role).parallel
+        check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, role)
+        if recipe.data.max_length > architecture.max_positions:
+            raise ConfigError("data.max_length", recipe.data.max_length, f"{directory} has a context of "
+                              f"{architecture.max_positions} tokens", f"Use at most {architecture.max_positions}")
+    check_vocabularies(recipe, architectures)
 
 
-def _inits(recipe: Recipe) -> list[str]:
-    return [stage.init for stage in recipe.stages if isinstance(stage, TrainStage)]
+def check_weights(directory: Path, architecture: Architecture) -> None:
+    """Refuses a model directory whose files lack a tensor. Reads their headers alone."""
+    missing = {piece.hf_name for piece in whole_model(architecture)} - tensor_files(directory).keys()
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ModelError(f"{directory}: its files lack {min(missing)}{more}. Give a directory with the whole model")
 
 
-def _checked(recipe: Recipe, model: str, role: str, field: str) -> Architecture:
-    """The architecture of a model, checked against the layout of the role that it runs in."""
-    directory = directory_behind(recipe, model)
-    if not directory.is_dir():
-        raise ConfigError(field, model, "there is no such directory", "Give a Hugging Face model directory, or run:NAME")
-    architecture = Architecture.read(directory)
-    parallel = recipe.role(role).parallel
-    check_layout(architecture, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.pad_heads, role)
-    if recipe.data.max_length > architecture.max_positions:
-        raise ConfigError("data.max_length", recipe.data.max_length,
-                          f"{directory} has a context of {architecture.max_positions} tokens", "Lower data.max_length")
-    return architecture
+def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) -> None:
+    """Refuses models that do not read and write the same ids."""
+    first, *others = architectures  # the reference's, which gives the run its tokenizer
+    own = load_tokenizer(first, chat_template=recipe.data.chat_template)
+    for directory in others:
+        require_same(own, load_tokenizer(directory, chat_template=recipe.data.chat_template))
+    size = architectures[first].vocab_size
+    for directory in others:
+        other = architectures[directory].vocab_size
+        if other != size:
+            raise ModelError(f"{first} and {directory} have vocabularies of {size} and {other} tokens (vocab_size in "
+                             "config.json). Losses over the vocabulary need the same: pad or cut the embeddings of one")
+    if own.vocab_size > size:
+        raise ModelError(f"{first}: the tokenizer has {own.vocab_size} tokens, the models' heads {size}. Use the "
+                         "tokenizer that the models were trained with")
+
+
+def tokenizer_of(recipe: Recipe) -> Tokenizer:
+    """The run's one tokenizer: the reference's, or of what that will be made from."""
+    return load_tokenizer(directory_behind(recipe, recipe.reference.model), chat_template=recipe.data.chat_template)
 
 
 def check_rows(recipe: Recipe) -> None:
     """Reads and tokenises the data that the stages need."""
-    tokenizer = tokenizer_of(recipe, recipe.reference.model)
+    tokenizer = tokenizer_of(recipe)
     data = recipe.data
+    limits = {"max_length": data.max_length, "too_long": data.too_long}
     trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
-    evals = [stage for stage in recipe.stages if isinstance(stage, EvalStage)]
-    generates = [stage for stage in recipe.stages if isinstance(stage, GenerateStage)]
-    if (trains or generates) and not data.train:
-        raise ConfigError("data.train", [], "a stage reads training rows and no file is named", "Name JSONL or Parquet files")
-    if evals and not data.eval:
-        raise ConfigError("data.eval", [], "a stage reads held-out rows and no file is named", "Name JSONL or Parquet files")
+    generates = any(isinstance(stage, GenerateStage) for stage in recipe.stages)
+    evals = any(isinstance(stage, EvalStage) for stage in recipe.stages)
+    for wanted, files, field in ((trains or generates, data.train, "data.train"), (evals, data.eval, "data.eval")):
+        if wanted and not files:
+            rule = "a stage reads these rows and no file is named"
+            raise ConfigError(field, [], rule, "Name JSONL or Parquet files, or folders of them")
     if trains or generates:
         rows = read_rows(data.train, data.train_rows, recipe.seed)
         for stage in trains:
             kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind is not Kind.ROLLOUT]
-            groups = preference_groups(rows, tokenizer, kinds, max_length=data.max_length, too_long=data.too_long)
-            StepSampler(len(groups), stage.global_batch, recipe.seed)
-        for stage in generates:
+            groups = preference_groups(rows, tokenizer, kinds, **limits)
+            if stage.global_batch > len(groups):
+                rule = f"the data give {len(groups)} groups, fewer than one step takes"
+                raise ConfigError(f"stages.{stage.name}.global_batch", stage.global_batch, rule,
+                                  "Lower it, or give more rows")
+        if generates:
             prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
     if evals:
         rows = read_rows(data.eval, data.eval_rows, recipe.seed)
-        preference_groups(rows, tokenizer, (Kind.CHOSEN, Kind.REJECTED), max_length=data.max_length, too_long=data.too_long)
+        preference_groups(rows, tokenizer, (Kind.CHOSEN, Kind.REJECTED), **limits)
 
 
-def check_room(recipe: Recipe, architectures: dict[str, Architecture]) -> None:
-    """Refuses to begin when the disk cannot hold the models and the largest checkpoint."""
-    saved = [parameter_count(architectures[stage.name]) for stage in recipe.stages if isinstance(stage, TrainStage | ExportStage)]
-    trained = [parameter_count(architectures[stage.name]) for stage in recipe.stages if isinstance(stage, TrainStage)]
-    copies = sum(saved) + (max(trained) * CHECKPOINT_COPIES if trained else 0)
+def check_room(recipe: Recipe) -> None:
+    """Refuses to begin when the disk cannot hold the models that are still to be made and the largest checkpoint."""
+    saved: list[int] = []
+    trained: list[int] = []
+    for stage in recipe.stages:
+        done = (recipe.output / "stages" / stage.name / MANIFEST).exists()
+        if isinstance(stage, TrainStage | ExportStage) and not done:
+            source = stage.init if isinstance(stage, TrainStage) else stage.model
+            saved.append(parameter_count(Architecture.read(directory_behind(recipe, source))))
+            if isinstance(stage, TrainStage):
+                trained.append(saved[-1])
+    copies = sum(saved) + max(trained, default=0) * CHECKPOINT_COPIES
     require_room(recipe.output, copies * BYTES_PER_PARAMETER, f"{len(saved)} models and 2 checkpoints")
 
 
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of a model, tied ones once."""
+    return sum(piece.elements for piece in whole_model(architecture) if piece.primary)
+
+
+def whole_model(architecture: Architecture) -> list[Piece]:
+    """The pieces of a model that is not cut."""
     [whole] = stage_shards(architecture, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, spec="local")
-    return sum(piece.elements for piece in pieces(architecture, whole) if piece.primary)
+    return pieces(architecture, whole)

@@ -6,13 +6,14 @@ Every error is a `ConfigError` with the field's dotted name.
 
 from __future__ import annotations
 
-import difflib
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from megakd.config_errors import as_config_error
 from megakd.errors import ConfigError
 from megakd.layout import Layout
 
@@ -21,9 +22,9 @@ MODEL_OF_RUN = "run:"
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
+    """Base of every section: frozen, an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- roles
@@ -85,12 +86,15 @@ class Data(Section):
 class SftObjective(Section):
     """Negative log-likelihood of the chosen answer."""
 
+    teachers: ClassVar[tuple[str, ...]] = ()
+    """Roles whose models it takes, besides the trained one (the objective's `requires.teachers`)."""
     kind: Literal["sft"] = "sft"
 
 
 class DpoObjective(Section):
     """Direct preference optimization against the reference role."""
 
+    teachers: ClassVar[tuple[str, ...]] = ("reference",)
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -101,6 +105,7 @@ class DpoObjective(Section):
 class DckdObjective(Section):
     """Dual-constrained distillation: SFT on the chosen answer + alpha * KL(teacher || student) on both answers."""
 
+    teachers: ClassVar[tuple[str, ...]] = ("teacher",)
     kind: Literal["dckd"] = "dckd"
     alpha: float = Field(0.2, ge=0)
     sft_weight: float = Field(1.0, ge=0)
@@ -110,6 +115,7 @@ class DckdObjective(Section):
 class AdpaObjective(Section):
     """Advantage-based distillation: SFT on the chosen answer - gamma * E[advantage] on the student's own rollouts."""
 
+    teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
     kind: Literal["adpa"] = "adpa"
     gamma: float = Field(1.5, ge=0)
     beta: float = Field(1.0, gt=0)
@@ -182,7 +188,7 @@ class EvalStage(Stage):
     """Measures several models on the held-out rows; writes `summary.json`."""
 
     kind: Literal["eval"]
-    models: dict[str, str]
+    models: dict[str, str] = Field(min_length=1)
     """Label -> model. The first is the start that reward accuracy is also measured against."""
     prompts: int = Field(16, ge=1)
     """Held-out prompts that each model answers (greedy) for ROUGE-L, the expected advantage and the samples."""
@@ -214,13 +220,13 @@ AnyStage = Annotated[
 class Recipe(Section):
     """A whole run: roles, data and the chain of stages."""
 
-    name: str
+    name: str = Field(min_length=1)
     output: Path
     """Folder of the run."""
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Annotated[Precision, BeforeValidator(lambda v: {"dtype": v} if isinstance(v, str) else v)] = Precision()
     """Written `precision: bf16` for short."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**32)
     processes: int = Field(1, ge=1)
     """Ranks that `megakd run` starts on this machine when no launcher (torchrun, srun) has started it."""
     student: Role
@@ -256,9 +262,9 @@ def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     if not file.is_file():
         raise ConfigError("recipe", str(path), "there is no such file", "Give the path of a recipe.yaml")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("recipe", str(path), f"is not YAML: {' '.join(str(error).split())}", "Mend the file") from error
+        raise ConfigError("recipe", str(path), f"cannot be read: {_yaml_problem(error)}", "Mend the file") from error
     if not isinstance(raw, dict):
         raise ConfigError("recipe", str(path), "holds no mapping of keys", "Start from an example's recipe.yaml")
     for override in overrides:
@@ -266,12 +272,32 @@ def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     return parse(raw)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice in one mapping: YAML's own reader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} comes twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong with a YAML text, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
 def parse(raw: dict[str, Any]) -> Recipe:
     """Builds and checks a recipe from plain values. Raises ConfigError for the first thing that is wrong."""
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise _as_config_error(error, raw) from error
+        raise as_config_error(error, Recipe, raw) from error
     _check_stages(recipe)
     return recipe
 
@@ -284,7 +310,8 @@ def dump(recipe: Recipe) -> str:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError("override", override, "is not of the form key.key=value", "Write e.g. student.parallel.tensor=2")
+        raise ConfigError("override", override, "is not of the form key.key=value",
+                          "Write e.g. student.parallel.tensor=2")
     node: Any = raw
     *parents, leaf = dotted.split(".")
     for key in parents:
@@ -293,11 +320,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         else:
             if key in node and isinstance(node[key], str) and key == "precision":
                 node[key] = {"dtype": node[key]}
-            if node.get(key) is None:
+            if key not in node or node[key] is None:
                 node[key] = {}
             node = node[key]
         if not isinstance(node, dict | list):
             raise ConfigError(dotted, text, f"{key!r} is a value, not a section", "Give the name of a setting")
+        if isinstance(node, list) and key != "stages":
+            raise ConfigError(dotted, text, "one item of a list cannot be set", f"Write the whole list: {key}=[...]")
     if isinstance(node, list):
         raise ConfigError(dotted, text, "names a stage, not a setting of it", f"Write {dotted}.<setting>={text}")
     try:
@@ -307,84 +336,49 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _stage_named(stages: list[Any], name: str, dotted: str) -> dict[str, Any]:
-    found = [stage for stage in stages if isinstance(stage, dict) and stage.get("name") == name]
-    if not found:
-        names = [stage["name"] for stage in stages if isinstance(stage, dict) and "name" in stage]
-        raise ConfigError(dotted, name, f"no stage has this name; there are {', '.join(names)}", "Name one of them")
-    return found[0]
-
-
-def _as_config_error(error: ValidationError, raw: dict[str, Any]) -> ConfigError:
-    """The first finding of pydantic as field, value, rule, fix."""
-    first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
-    known = _known_keys(first["loc"], raw)
-    field = ".".join(parts) or "recipe"
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Known keys here: {', '.join(sorted(known))}"
-        return ConfigError(field, first["input"], "there is no such setting", fix)
-    if first["type"] == "missing":
-        return ConfigError(field, None, "has to be set and is not", f"Add {parts[-1]!r} to the recipe")
-    return ConfigError(field, first["input"], first["msg"][0].lower() + first["msg"][1:], "Correct the value")
-
-
-_UNION_TAGS = {"stages", "objective"}
-
-
-def _known_keys(location: tuple[int | str, ...], raw: Any) -> list[str]:
-    """The settings that the section at `location` (its last part is the key in question) may have."""
-    model: type[BaseModel] = Recipe
-    sections = {
-        "student": Role, "teacher": Role, "reference": Role, "parallel": Parallel, "precision": Precision, "data": Data,
-        "optimizer": Optimizer, "sft": TrainStage, "dpo": TrainStage, "distill": TrainStage, "generate": GenerateStage,
-        "eval": EvalStage, "export": ExportStage, "report": ReportStage,
-    }
-    objectives = {"sft": SftObjective, "dpo": DpoObjective, "dckd": DckdObjective, "adpa": AdpaObjective}
-    inside_objective = False
-    for part in location[:-1]:
-        if part == "objective":
-            inside_objective = True
-        elif inside_objective and part in objectives:
-            model = objectives[part]
-        elif part in sections:
-            model = sections[part]
-    return list(model.model_fields)
+    named = {str(stage["name"]): stage for stage in stages if isinstance(stage, dict) and "name" in stage}
+    if name not in named:
+        raise ConfigError(dotted, name, "no stage has this name", f"There are: {', '.join(named) or 'none'}")
+    return named[name]
 
 
 # ----------------------------------------------------------------------------------------------------- cross-field
 def check_world(recipe: Recipe, world: int) -> None:
     """Checks every role's layout against the number of ranks. Raises ConfigError naming the role's field."""
     for name in ("student", "teacher", "reference"):
-        role = recipe.role(name)
-        parallel = role.parallel
+        parallel = recipe.role(name).parallel
         ranks = parallel.tensor * parallel.pipeline * parallel.context
         if world % ranks != 0:
             raise ConfigError(
-                f"{name}.parallel", f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}",
+                f"{name}.parallel",
+                f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}",
                 f"{ranks} ranks for one copy do not divide the world of {world} ranks",
-                f"Start a multiple of {ranks} ranks or choose sizes whose product divides {world}",
+                f"Start a multiple of {ranks} ranks (`processes`), or choose sizes whose product divides {world}",
             )
-        data = Layout(world, parallel.tensor, parallel.pipeline, parallel.context).data
-        for stage in recipe.stages:
-            if isinstance(stage, TrainStage) and stage.global_batch % (data * role.micro_batch) != 0:
-                raise ConfigError(
-                    f"stages.{stage.name}.global_batch", stage.global_batch,
-                    f"has to be a multiple of the data-parallel size {data} x {name}.micro_batch {role.micro_batch}",
-                    f"Use {_next_multiple(stage.global_batch, data * role.micro_batch)}, or another {name}.micro_batch",
-                )
-            if isinstance(stage, TrainStage) and parallel.virtual_pipeline > 1:
-                micro_batches = stage.global_batch // (data * role.micro_batch)
-                if micro_batches % parallel.pipeline != 0:
-                    raise ConfigError(
-                        f"stages.{stage.name}.global_batch", stage.global_batch,
-                        f"gives {name} {micro_batches} micro-batches; the interleaved schedule needs a multiple of its "
-                        f"pipeline size {parallel.pipeline}", f"Choose another {name}.micro_batch",
-                    )
+    for stage in recipe.stages:
+        if isinstance(stage, TrainStage):
+            _check_global_batch(recipe, stage, world)
 
 
-def _next_multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
+def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
+    """A step has to fill whole micro-batches of every role that takes part, on each of its replicas."""
+    multiples: dict[str, int] = {}
+    rules: dict[str, str] = {}
+    for name in (stage.trains, *stage.objective.teachers):
+        role = recipe.role(name)
+        data = Layout(world, role.parallel.tensor, role.parallel.pipeline, role.parallel.context).data
+        multiples[name] = data * role.micro_batch
+        rules[name] = f"{name}'s data-parallel size {data} x {name}.micro_batch {role.micro_batch}"
+        if role.parallel.virtual_pipeline > 1:
+            multiples[name] *= role.parallel.pipeline
+            rules[name] += f" x its pipeline size {role.parallel.pipeline} (the interleaved schedule)"
+    fitting = math.lcm(*multiples.values())
+    for name, multiple in multiples.items():
+        if stage.global_batch % multiple != 0:
+            raise ConfigError(
+                f"stages.{stage.name}.global_batch", stage.global_batch, f"has to be a multiple of {rules[name]}",
+                f"Use {-(-stage.global_batch // fitting) * fitting}, or another {name}.micro_batch",
+            )
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -396,34 +390,64 @@ def _check_stages(recipe: Recipe) -> None:
         if stage.name in names:
             raise ConfigError(f"stages.{stage.name}.name", stage.name, "two stages have this name", "Rename one")
         names.add(stage.name)
-        for field, model in _models_of(stage):
-            name = model.removeprefix(MODEL_OF_RUN)
-            if model.startswith(MODEL_OF_RUN) and name not in saved:
-                raise ConfigError(
-                    f"stages.{stage.name}.{field}", model, f"no earlier stage saves a model as {name!r}",
-                    f"Earlier stages save: {', '.join(sorted(saved)) or 'none'}",
-                )
+        for field, model in _models_of(recipe, stage):
+            _check_is_made(recipe, stage, field, model, saved)
         if isinstance(stage, TrainStage | ExportStage):
-            if stage.save_as in saved:
-                raise ConfigError(f"stages.{stage.name}.save_as", stage.save_as, "an earlier stage saves it", "Rename it")
+            _check_save_as(recipe, stage, saved)
             saved.add(stage.save_as)
         if isinstance(stage, GenerateStage):
             generated.add(stage.name)
         if isinstance(stage, TrainStage):
             _check_train_stage(stage, generated)
+    for role in ("student", "teacher", "reference"):
+        model = recipe.role(role).model
+        if model.startswith(MODEL_OF_RUN) and model.removeprefix(MODEL_OF_RUN) not in saved:
+            raise ConfigError(f"{role}.model", model, "no stage saves a model under this name",
+                              f"Stages save: {', '.join(sorted(saved)) or 'none'}")
     _check_precision(recipe)
 
 
-def _models_of(stage: AnyStage) -> list[tuple[str, str]]:
+def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
+    """The models that a stage reads: (field that names it, model)."""
+    field = f"stages.{stage.name}"
     match stage:
         case TrainStage():
-            return [("init", stage.init)]
+            return [(f"{field}.init", stage.init), *((f"{role}.model", recipe.role(role).model)
+                                                     for role in stage.objective.teachers)]
         case GenerateStage() | ExportStage():
-            return [("model", stage.model)]
+            return [(f"{field}.model", stage.model)]
         case EvalStage():
-            return [(f"models.{label}", model) for label, model in stage.models.items()]
+            return [*((f"{field}.models.{label}", model) for label, model in stage.models.items()),
+                    ("teacher.model", recipe.teacher.model), ("reference.model", recipe.reference.model)]
         case _:
             return []
+
+
+def _check_is_made(recipe: Recipe, stage: AnyStage, field: str, model: str, saved: set[str]) -> None:
+    """A model of the run exists only after the stage that saves it."""
+    name = model.removeprefix(MODEL_OF_RUN)
+    if not model.startswith(MODEL_OF_RUN) or name in saved:
+        return
+    fix = f"Earlier stages save: {', '.join(sorted(saved)) or 'none'}"
+    for maker in recipe.stages:
+        if isinstance(maker, TrainStage | ExportStage) and maker.save_as == name and maker.name != stage.name:
+            fix = f"Move {maker.name!r}, which saves it, before {stage.name!r}"
+    rule = f"the stage {stage.name!r} reads it, and no earlier stage saves a model as {name!r}"
+    raise ConfigError(field, model, rule, fix)
+
+
+def _check_save_as(recipe: Recipe, stage: TrainStage | ExportStage, saved: set[str]) -> None:
+    """A stage replaces its model's directory when it is made again, so nothing that was given may lie there."""
+    field = f"stages.{stage.name}.save_as"
+    if stage.save_as in saved:
+        raise ConfigError(field, stage.save_as, "an earlier stage saves a model by this name", "Choose another name")
+    target = recipe.path_of_model(MODEL_OF_RUN + stage.save_as).resolve()
+    read = [recipe.role(role).model for role in ("student", "teacher", "reference")]
+    read += [model for other in recipe.stages for _, model in _models_of(recipe, other)]
+    for model in read:
+        if not model.startswith(MODEL_OF_RUN) and Path(model).resolve().is_relative_to(target):
+            fix = f"Choose another name, or write {MODEL_OF_RUN}{stage.save_as} there if this stage's model is meant"
+            raise ConfigError(field, stage.save_as, f"it would overwrite {model}, which the run reads", fix)
 
 
 def _check_train_stage(stage: TrainStage, generated: set[str]) -> None:
@@ -442,6 +466,9 @@ def _check_train_stage(stage: TrainStage, generated: set[str]) -> None:
     if stage.rollouts is not None and not wants_rollouts:
         raise ConfigError(f"stages.{stage.name}.rollouts", stage.rollouts, f"the objective {stage.objective.kind!r} "
                           "takes no rollouts", "Leave it out")
+    if stage.optimizer.min_lr > stage.optimizer.lr:
+        raise ConfigError(f"stages.{stage.name}.optimizer.min_lr", stage.optimizer.min_lr,
+                          f"has to be at most lr, {stage.optimizer.lr}", "Lower it or raise lr")
     if stage.trains == "teacher" and stage.objective.kind in ("dckd", "adpa"):
         raise ConfigError(f"stages.{stage.name}.trains", "teacher", "a teacher cannot be distilled from itself",
                           "Write trains: student")

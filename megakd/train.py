@@ -18,12 +18,12 @@ from megakd.data.dataset import preference_groups
 from megakd.data.sampler import StepSampler
 from megakd.log import RunLog
 from megakd.mcore import checkpoint
-from megakd.mcore.optimizer import Trainer, make_trainer
+from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, Objective
 from megakd.run import ROLLOUTS, Run
-from megakd.teacher.online import OnlineTeacher, by_micro_batch
+from megakd.teacher.online import by_micro_batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,37 @@ class TrainResult:
     """Tokens that the student has worked through, prompts included."""
 
 
+class Training:
+    """A training stage on this rank: everything built, nothing stepped."""
+
+    def __init__(self, run: Run, stage: TrainStage):
+        self.run, self.stage = run, stage
+        self.objective = build_objective(stage.objective)
+        self.groups = training_groups(run, stage, self.objective)
+        self.model = run.load_model(stage.trains, stage.init)
+        kinds = self.objective.requires.teacher_kinds
+        self.teachers = {role: run.load_teacher(role, kinds[role], self.model.grid)
+                         for role in self.objective.requires.teachers}
+        self.trainer = make_trainer(self.model, stage.optimizer, stage.steps)
+        self.sampler = StepSampler(len(self.groups), stage.global_batch, run.recipe.seed)
+
+    def step_at(self, number: int) -> Step:
+        """The groups of step `number` (from 0)."""
+        return Step(tuple(self.groups[index] for index in self.sampler.indices(number)))
+
+    def forward_backward(self, step: Step) -> dict[str, float]:
+        """The teachers' signals, then the student's forward and backward; leaves the step's gradient in the trainer."""
+        run, stage, model = self.run, self.stage, self.model
+        micro_batch = run.recipe.role(stage.trains).micro_batch
+        signals = {role: teacher.signals(step, model.grid, micro_batch, pad_id=run.tokenizer.pad_id)
+                   for role, teacher in self.teachers.items()}
+        batches = run.batches(step, stage.trains, model)
+        context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens)
+        self.trainer.zero_grad()
+        result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), self.objective, context, step.counts)
+        return dict(result.metrics)
+
+
 def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     """Trains a stage from its start or its newest checkpoint, and writes `models/<save_as>`.
 
@@ -44,53 +75,31 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
         stage: what to train.
         fingerprint: of the stage's settings and inputs; a checkpoint made with others is refused.
     """
-    objective = build_objective(stage.objective)
-    groups = training_groups(run, stage, objective)
-    model = run.load_model(stage.trains, stage.init)
-    teachers = {
-        role: run.load_teacher(role, objective.requires.teacher_kinds[role], model.grid)
-        for role in objective.requires.teachers
-    }
-    trainer = make_trainer(model, stage.optimizer, stage.steps)
-    sampler = StepSampler(len(groups), stage.global_batch, run.recipe.seed)
+    training = Training(run, stage)
+    trainer = training.trainer
     checkpoints = run.folder(stage.name) / "checkpoints"
     facts = {"stage": fingerprint}
 
     start = 0
     if (found := checkpoint.latest(checkpoints)) is not None:
         start = checkpoint.load(found[0], trainer, facts, dist.group.WORLD)
-    tokens = sum(Step(tuple(groups[i] for i in sampler.indices(step))).all_tokens for step in range(start))
+    tokens = sum(training.step_at(number).all_tokens for number in range(start))
     metrics: dict[str, float] = {}
     log = RunLog(run.folder(stage.name), rank=run.world.rank, total_steps=stage.steps, stage=stage.name, progress=True,
                  first_step=start, wandb_project="megakd" if run.recipe.wandb else None)
     with log:
         for number in range(start, stage.steps):
-            step = Step(tuple(groups[index] for index in sampler.indices(number)))
-            metrics = train_step(run, stage, step, trainer, teachers, objective)
+            step = training.step_at(number)
+            metrics = training.forward_backward(step)
+            learning_rate = trainer.learning_rate
+            norm = trainer.step()
+            metrics |= {"grad_norm": norm, "lr": learning_rate}
             tokens += step.all_tokens
             log.step(number, metrics, tokens=step.all_tokens)
             if (number + 1) % stage.checkpoint_every == 0 and number + 1 < stage.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
-    run.export(model, stage.init, stage.save_as, "float32")
+    run.export(training.model, stage.init, stage.save_as, "float32")
     return TrainResult(metrics, tokens)
-
-
-def train_step(run: Run, stage: TrainStage, step: Step, trainer: Trainer, teachers: dict[str, OnlineTeacher],
-               objective: Objective) -> dict[str, float]:
-    """One optimizer step; returns its metrics, the same on every rank."""
-    model = trainer.model
-    micro_batch = run.recipe.role(stage.trains).micro_batch
-    pad_id = run.tokenizer.pad_id
-
-    signals = {role: teacher.signals(step, model.grid, micro_batch, pad_id=pad_id) for role, teacher in teachers.items()}
-    batches = run.batches(step, stage.trains, model)
-    context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens)
-
-    trainer.zero_grad()
-    result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), objective, context, step.counts)
-    learning_rate = trainer.learning_rate
-    norm = trainer.step()
-    return {**result.metrics, "grad_norm": norm, "lr": learning_rate}
 
 
 def training_groups(run: Run, stage: TrainStage, objective: Objective) -> Sequence[Group]:

@@ -1,108 +1,127 @@
 """Training checkpoints that any layout can read: boxes of Hugging Face tensors in safetensors files, no pickle.
 
-A checkpoint is a folder `step-<number>`. Each rank that owns something writes `rank-<rank>.safetensors` with the boxes
-of the master weights and Adam's moments (float32) that it owns, and `rank-<rank>.json` that says which box of which
-Hugging Face tensor each one is; rank 0 writes `checkpoint.json` with the step and the facts. A parameter's moments have
-its shape, so the table that imports and exports weights (`megakd.hf.pieces`) describes them too, and a checkpoint can
-be read into any tensor x pipeline x data layout.
+A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: the boxes of the master weights and
+of Adam's moments (float32) that it saves, and the states of its random generators. The file's header says which box of
+which Hugging Face tensor each tensor is. Rank 0 writes `checkpoint.json` with the step, the layout and the facts. A
+parameter's moments have its shape, so the table that imports and exports weights (`megakd.hf.pieces`) describes them
+too, and a checkpoint can be read into any tensor x pipeline x data layout.
 
-The folder is written beside its final name and renamed when it is complete.
+The folder is written beside its final name and renamed when all of it is on disk.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.errors import ModelError
+from megakd.hf.directory import open_tensors
 from megakd.hf.pieces import Piece
 from megakd.mcore.optimizer import STATES, Trainer
 
 INFORMATION = "checkpoint.json"
+FORMAT = 1
 _PREFIX = "step-"
 _PARTIAL = "partial"
+_RANDOM = "random."
+_REMEDY = "Remove the checkpoint to start the stage anew"
 
 
 def latest(folder: Path) -> tuple[Path, int] | None:
     """The newest complete checkpoint in `folder` and its step, or None."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if (path / INFORMATION).is_file()]
+    found = [path for path in folder.glob(f"{_PREFIX}[0-9]*") if (path / INFORMATION).is_file()]
     steps = {int(path.name.removeprefix(_PREFIX)): path for path in found}
     return (steps[max(steps)], max(steps)) if steps else None
 
 
+@torch.no_grad()
 def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], world_group: dist.ProcessGroup) -> Path:
     """Writes checkpoint `step` and then removes the older ones.
 
+    A rank holds what it writes in host memory: 12 bytes for each parameter of its model chunks, divided by the number
+    of data-parallel ranks.
+
     Args:
         folder: the stage's checkpoint folder, on a file system that every rank sees.
-        step: optimizer steps taken.
+        step: optimizer steps taken, at least one.
         trainer: what is saved.
         facts: what a reader has to agree with (`load` compares them), e.g. the stage's fingerprint.
         world_group: every rank of the run.
 
-    Collectives: a reduce over the data group for each parameter; two barriers over the world.
+    Collectives: three reduces over the data group for each parameter; three barriers over the world.
     """
-    partial = folder / _PARTIAL
+    partial, final = folder / _PARTIAL, folder / f"{_PREFIX}{step:08}"
     rank = dist.get_rank(world_group)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=world_group)
-    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    boxes: list[dict] = []
+    tensors, boxes = _random_states(), []
     for name, piece, states in _owned_pieces(trainer):
         for state, local in states.items():
             key = f"{name}.{state}"
             tensors[key] = box_of(local, piece).contiguous().cpu()
             boxes.append({"key": key, "tensor": piece.hf_name, "state": state, "offset": piece.hf_offset,
                           "size": piece.hf_size})
-    save_file(tensors, partial / f"rank-{rank:05}.safetensors")
-    (partial / f"rank-{rank:05}.json").write_text(json.dumps(boxes))
-    if rank == 0:
-        information = {"step": step, "adam_step": trainer.steps_taken, "world": dist.get_world_size(world_group),
-                       "facts": dict(facts)}
-        (partial / INFORMATION).write_text(json.dumps(information, indent=1))
+    file = partial / _file_of(rank)
+    save_file(tensors, file, {"boxes": json.dumps(boxes)})
+    _sync(file)
     dist.barrier(group=world_group)
-    final = folder / f"{_PREFIX}{step:08}"
     if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        information = {"format": FORMAT, "step": step, "adam_step": trainer.steps_taken,
+                       "layout": asdict(trainer.model.grid.layout), "facts": dict(facts)}
+        (partial / INFORMATION).write_text(json.dumps(information, indent=1))
+        _sync(partial / INFORMATION)
+        _sync(partial)
+        if final.exists():
+            _remove(final)
         partial.rename(final)
+        _sync(folder)
         for older in folder.glob(f"{_PREFIX}*"):
             if older != final:
-                shutil.rmtree(older)
+                _remove(older)
+    dist.barrier(group=world_group)
     return final
 
 
+@torch.no_grad()
 def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: dist.ProcessGroup) -> int:
     """Reads a checkpoint into a trainer of any layout; returns the number of steps taken.
+
+    In the layout that wrote it everything continues bit for bit. Another layout keeps the random generators as they
+    are: their number and meaning follow the layout.
 
     Collectives: an all-gather of parameters over the data group.
 
     Raises:
-        ModelError: the checkpoint's facts differ from `facts`, or it misses part of a tensor.
+        ModelError: the checkpoint's facts differ from `facts`, a file of it cannot be read, or it misses part of a
+            tensor.
     """
-    information = json.loads((path / INFORMATION).read_text())
+    information = _read_information(path)
     for name, value in facts.items():
-        if information["facts"].get(name) != value:
-            raise ModelError(f"{path}: was written with {name} = {information['facts'].get(name)!r}, this run has {value!r}. "
+        if name not in information["facts"] or information["facts"][name] != value:
+            written = f"{name} = {information['facts'][name]!r}" if name in information["facts"] else f"no {name}"
+            raise ModelError(f"{path}: was written with {written}, this run has {value!r}. "
                              "Choose another output folder, or remove the checkpoint to start the stage anew")
-    step = information["step"]
+    step, layout = information["step"], information["layout"]
+    index = _Index(path, layout["world"])
     trainer.prepare_states(information["adam_step"])
-    index = _read_index(path)
     for chunk in range(len(trainer.model.chunks)):
         parameters = trainer.model.parameters_of(chunk)
-        pieces_of: dict[str, list[Piece]] = {}
+        pieces_of: dict[str, list[Piece]] = {name: [] for name in parameters}
         for piece in trainer.model.pieces_of(chunk):
-            pieces_of.setdefault(piece.parameter, []).append(piece)
+            pieces_of[piece.parameter].append(piece)
         for name, parameter in parameters.items():
             if (owned := trainer.slice_of(parameter)) is None:
                 continue
@@ -113,9 +132,9 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
                     view.copy_(index.read(piece, state).reshape(view.shape))
                 target.copy_(whole.view(-1)[owned])
     trainer.publish_parameters()
-    trainer.scheduler.step(increment=step)
-    if information["world"] == dist.get_world_size(world_group):
-        torch.set_rng_state(index.random_state(dist.get_rank(world_group)))
+    trainer.set_schedule(step)
+    if layout == asdict(trainer.model.grid.layout):
+        _set_random_states(index.random_states(dist.get_rank(world_group)))
     return step
 
 
@@ -124,7 +143,7 @@ def box_of(local: Tensor, piece: Piece) -> Tensor:
     return local.view(piece.local_view)[piece.local_index].reshape(piece.hf_size)
 
 
-def _owned_pieces(trainer: Trainer):
+def _owned_pieces(trainer: Trainer) -> Iterator[tuple[str, Piece, dict[str, Tensor]]]:
     """This rank's pieces to write: (unique key, piece, {state: whole local tensor}).
 
     A parameter's slices are brought together on one data-parallel rank, in turn, so that all of them write.
@@ -149,6 +168,56 @@ def _owned_pieces(trainer: Trainer):
                     yield f"{chunk}.{name}.{count}", piece, {state: t.view(parameter.shape) for state, t in whole.items()}
 
 
+def _random_states() -> dict[str, Tensor]:
+    """The states of this process' generators: torch's on the host, torch's on the device, megatron-core's own."""
+    tracked = get_cuda_rng_tracker().get_states()
+    states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    states |= {f"tracked.{name}": state for name, state in tracked.items()}
+    return {f"{_RANDOM}{name}": state.clone() for name, state in states.items()}
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `_random_states` gave, without its prefix."""
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state(states["device"])
+    prefix = "tracked."
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    )
+
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on disk: a node that fails right after the rename must not leave empty files
+    under the final name, as the older checkpoints are gone by then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; one that is killed at it leaves a folder that `latest` does not take for whole."""
+    (path / INFORMATION).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _read_information(path: Path) -> dict:
+    """What `checkpoint.json` says. Raises ModelError where it cannot be read, or is of another format."""
+    file = path / INFORMATION
+    try:
+        information = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}). {_REMEDY}") from error
+    if "format" not in information or information["format"] != FORMAT:
+        raise ModelError(f"{file}: is not of format {FORMAT}, which this version reads. {_REMEDY}")
+    return information
+
+
 @dataclass(frozen=True)
 class _Box:
     file: Path
@@ -160,16 +229,21 @@ class _Box:
 class _Index:
     """Finds and reads the stored boxes that a wanted box overlaps."""
 
-    def __init__(self, path: Path, boxes: dict[tuple[str, str], list[_Box]]):
+    def __init__(self, path: Path, world: int):
         self.path = path
-        self.boxes = boxes
         self.files: dict[Path, safe_open] = {}
+        self.boxes: dict[tuple[str, str], list[_Box]] = {}
+        for rank in range(world):
+            file = path / _file_of(rank)
+            for entry in json.loads(self._open(file).metadata()["boxes"]):
+                box = _Box(file, entry["key"], tuple(entry["offset"]), tuple(entry["size"]))
+                self.boxes.setdefault((entry["tensor"], entry["state"]), []).append(box)
 
     def read(self, piece: Piece, state: str) -> Tensor:
         """The values of a piece's box, float32, in its Hugging Face shape."""
         wanted = torch.empty(piece.hf_size, dtype=torch.float32)
         covered = 0
-        for box in self.boxes.get((piece.hf_name, state), ()):
+        for box in self.boxes[piece.hf_name, state] if (piece.hf_name, state) in self.boxes else []:
             low = [max(a, b) for a, b in zip(piece.hf_offset, box.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in
                     zip(piece.hf_offset, piece.hf_size, box.offset, box.size, strict=True)]
@@ -180,24 +254,19 @@ class _Index:
             wanted[target] = self._open(box.file).get_slice(box.key)[source]
             covered += wanted[target].numel()
         if covered != wanted.numel():
-            raise ModelError(f"{self.path}: holds {covered} of {wanted.numel()} values of {piece.hf_name} ({state}). "
-                             "The checkpoint is of another model or incomplete; remove it to start the stage anew")
+            raise ModelError(f"{self.path}: holds {covered} of {wanted.numel()} values of {piece.hf_name} ({state}), "
+                             f"so it is of another model. {_REMEDY}")
         return wanted
 
-    def random_state(self, rank: int) -> Tensor:
-        """The generator's state that a rank saved."""
-        return self._open(self.path / f"rank-{rank:05}.safetensors").get_tensor("rng")
+    def random_states(self, rank: int) -> dict[str, Tensor]:
+        """The states of the generators that a rank saved, by name."""
+        file = self._open(self.path / _file_of(rank))
+        return {key.removeprefix(_RANDOM): file.get_tensor(key) for key in file.keys() if key.startswith(_RANDOM)}
 
     def _open(self, file: Path) -> safe_open:
         if file not in self.files:
-            self.files[file] = safe_open(file, framework="pt")
+            try:
+                self.files[file] = open_tensors(file)
+            except ModelError as error:
+                raise ModelError(f"{error}. The checkpoint is damaged. {_REMEDY}") from error
         return self.files[file]
-
-
-def _read_index(path: Path) -> _Index:
-    boxes: dict[tuple[str, str], list[_Box]] = {}
-    for listing in sorted(path.glob("rank-*.json")):
-        for entry in json.loads(listing.read_text()):
-            box = _Box(listing.with_suffix(".safetensors"), entry["key"], tuple(entry["offset"]), tuple(entry["size"]))
-            boxes.setdefault((entry["tensor"], entry["state"]), []).append(box)
-    return _Index(path, boxes)

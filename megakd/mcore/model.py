@@ -13,6 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -182,9 +188,23 @@ def build_model(directory: Path, architecture: Architecture, parallel: Parallel,
         ).to(device)
         for index, layer in enumerate(chunk.decoder.layers):
             attention_of(layer).cache_layer = virtual * shard.layers + index
+        _mark_sharded(chunk)
         load_parameters(directory, architecture, shard, dict(chunk.named_parameters()))
         chunks.append(chunk)
     return Model(architecture, grid, config, chunks, shards)
+
+
+def _mark_sharded(chunk: HiddenGPT) -> None:
+    """Says of the weights that the tensor ranks share out that they do, as megatron-core's initialisation would have.
+
+    The gradient's norm, by which it is clipped, counts every other parameter on the first tensor rank alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            # An output layer that is tied to an embedding in the same chunk has no weight of its own.
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                axis = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def freeze(model: Model) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -12,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megakd.config import Optimizer as OptimizerSettings
+from megakd.hf.pieces import Piece
 from megakd.mcore.model import Model, unwrap
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -65,6 +67,25 @@ class Trainer:
         tensors = owner._get_main_param_and_optimizer_states(parameter)
         return {name: tensors[name] for name in STATES}
 
+    def gradient_boxes(self) -> list[tuple[Piece, Tensor]]:
+        """This rank's pieces of the complete gradient, after a forward and backward and before `step`.
+
+        For comparing layouts. Collectives: a SUM over the data group for each parameter.
+        """
+        boxes = []
+        for chunk in range(len(self.model.chunks)):
+            whole = {}
+            for name, parameter in self.model.parameters_of(chunk).items():
+                # The distributed optimizer leaves each replica the sum for its own slice only.
+                full = torch.zeros_like(parameter.main_grad).view(-1)
+                if (owned := self.slice_of(parameter)) is not None:
+                    full[owned] = parameter.main_grad.view(-1)[owned]
+                dist.all_reduce(full, group=self.model.grid.groups.dp_cp)
+                whole[name] = full.view(parameter.shape)
+            boxes += [(piece, whole[piece.parameter].view(piece.local_view)[piece.local_index].reshape(piece.hf_size))
+                      for piece in self.model.pieces_of(chunk) if piece.primary]
+        return boxes
+
     @property
     def steps_taken(self) -> int:
         """Adam's own step count."""
@@ -96,6 +117,10 @@ class Trainer:
             for state in owner.optimizer.state.values():
                 if "step" in state:
                     state["step"].fill_(steps)
+
+    def set_schedule(self, steps: int) -> None:
+        """Sets the schedule to where it stands after `steps` steps; it counts the coming one already."""
+        self.scheduler.step(increment=steps + 1 - self.scheduler.num_steps)
 
     def publish_parameters(self) -> None:
         """Copies the master weights into the model's parameters on every rank (after they were loaded).
@@ -135,6 +160,8 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
             optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip,
             bf16=model.dtype == torch.bfloat16, params_dtype=model.dtype, use_distributed_optimizer=True,
+            # Changes no gradient, but only with a loss scale does megatron-core look for gradients that are not finite.
+            loss_scale=1.0,
         ),
         wrapped, use_gloo_process_groups=False, pg_collection=model.grid.groups,
     )

@@ -23,14 +23,14 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megakd.batch import Batch, Kind
+from megakd.batch import Batch
 from megakd.comm import broadcast_json
 from megakd.mcore.model import Model
 from megakd.objectives.base import LossContext, LossTerms, Objective, RoleOutput
 
 
-def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch, kinds: Sequence[Kind] | None = None) -> Tensor:
-    """The hidden states [T, H] at a micro-batch's loss positions (of the given kinds only, or of all).
+def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch) -> Tensor:
+    """The hidden states [T, H] at a micro-batch's loss positions.
 
     Collectives: one all-gather over the tensor group under sequence parallelism. There the losses return the complete
     d(hidden) on every rank, so the gather's backward keeps this rank's part and sums nothing.
@@ -39,15 +39,10 @@ def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch, kinds: Sequ
         hidden_SBH = gather_from_sequence_parallel_region(
             hidden_SBH, tensor_parallel_output_grad=False, group=model.grid.groups.tp
         )
-    positions = batch.positions
-    rows_T, columns_T = positions.rows_T, positions.columns_T
-    if kinds is not None:
-        wanted_T = torch.isin(positions.kinds_T, torch.tensor([int(kind) for kind in kinds], device=rows_T.device))
-        rows_T, columns_T = rows_T[wanted_T], columns_T[wanted_T]
-    return hidden_SBH[columns_T, rows_T]
+    return hidden_SBH[batch.positions.columns_T, batch.positions.rows_T]
 
 
-def forward_hidden(model: Model, batches: Sequence[Batch], kinds: Sequence[Kind] | None = None) -> list[Tensor] | None:
+def forward_hidden(model: Model, batches: Sequence[Batch]) -> list[Tensor] | None:
     """Runs a model forward-only over micro-batches.
 
     Returns:
@@ -58,7 +53,7 @@ def forward_hidden(model: Model, batches: Sequence[Batch], kinds: Sequence[Kind]
         batch = next(iterator)
 
         def collect(hidden_SBH: Tensor, non_loss_data: bool) -> Tensor:
-            return select_positions(model, hidden_SBH, batch, kinds)
+            return select_positions(model, hidden_SBH, batch)
 
         return chunk(batch.tokens_BS, batch.position_ids_BS), collect
 

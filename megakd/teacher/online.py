@@ -45,8 +45,9 @@ class OnlineTeacher:
         table = step.table(grid.layout.data, self.micro_batch)
         student_table = step.table(student.layout.data, student_micro_batch)
         device = next(self.model.chunks[0].parameters()).device
-        batches = step.batches(table[grid.at.data], pad_id=pad_id, padding=self.model.padding, device=device)
-        local_hidden = forward_hidden(self.model, batches, self.kinds)
+        batches = step.batches(table[grid.at.data], pad_id=pad_id, padding=self.model.padding, device=device,
+                               kinds=self.kinds)
+        local_hidden = forward_hidden(self.model, batches)
         plan = route(grid.layout, student.layout, table, student_table, travelling_rows(step.groups, self.kinds),
                      step.sample_ids)
         hidden = exchange(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,16 +16,19 @@ from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
 from megakd.layout import Layout
 from megakd.mcore import runtime
-from megakd.mcore.grid import Grid, make_grid
 from megakd.mcore.checkpoint import box_of
+from megakd.mcore.grid import Grid, make_grid
 from megakd.mcore.model import Model, build_model, freeze
-from megakd.mcore.optimizer import make_trainer
+from megakd.mcore.optimizer import STATES, make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext
 from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 CPU = torch.device("cpu")
+
+Box = tuple[str, tuple[int, ...], torch.Tensor]
+"""Part of a Hugging Face tensor: its name, where the part begins, its values."""
 
 
 @cache
@@ -41,11 +45,11 @@ def grid(tensor: int, pipeline: int) -> Grid:
     return make_grid(layout)
 
 
-def build(directory: str, parallel: Parallel) -> Model:
-    """A float32 model under a layout."""
+def build(directory: str, parallel: Parallel, precision: Precision = Precision()) -> Model:
+    """A model under a layout."""
     path = Path(directory)
     world()
-    return build_model(path, Architecture.read(path), parallel, Precision(), grid(parallel.tensor, parallel.pipeline), CPU)
+    return build_model(path, Architecture.read(path), parallel, precision, grid(parallel.tensor, parallel.pipeline), CPU)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Distillation:
     """Of all steps together, in order."""
     global_batch: int
     steps: int = 1
+    """Length of the learning-rate schedule."""
     learning_rate: float = 1e-2
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    precision: Precision = Precision()
 
 
 class Job:
@@ -70,18 +78,18 @@ class Job:
     def __init__(self, case: Distillation):
         self.case = case
         self.objective = build_objective(case.objective)
-        self.student = build(case.directories["student"], case.parallels["student"])
+        self.student = build(case.directories["student"], case.parallels["student"], case.precision)
         grid_of_student = self.student.grid
         self.teachers = {}
         for role in self.objective.requires.teachers:
-            model = freeze(build(case.directories[role], case.parallels[role]))
+            model = freeze(build(case.directories[role], case.parallels[role], case.precision))
             head = None
             if grid_of_student.is_last_stage:
                 head = load_head(case.directories[role], model.architecture, grid_of_student.at.tensor,
-                                 grid_of_student.layout.tensor, torch.float32, CPU)
+                                 grid_of_student.layout.tensor, model.dtype, CPU)
             kinds = self.objective.requires.teacher_kinds[role]
             self.teachers[role] = OnlineTeacher(model, case.micro_batches[role], kinds, head)
-        settings = Optimizer(lr=case.learning_rate, warmup=0.0, eps=1e-3)
+        settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=1e-3)
         self.trainer = make_trainer(self.student, settings, case.steps)
 
     def forward_backward(self, number: int) -> dict[str, float]:
@@ -98,24 +106,45 @@ class Job:
         return dict(forward_backward(student, batches, by_micro_batch(signals, len(batches)), self.objective, context,
                                      step.counts).metrics)
 
-    def gradients(self) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
-        """This rank's boxes of the Hugging Face tensors' gradients: (name, offset, values)."""
-        boxes = []
-        group = self.student.grid.groups.dp_cp
+    def step(self, number: int) -> dict[str, float]:
+        """One optimizer step; returns its metrics, as `train_step` does."""
+        metrics = self.forward_backward(number)
+        learning_rate = self.trainer.learning_rate
+        return {**metrics, "grad_norm": self.trainer.step(), "lr": learning_rate}
+
+    def gradients(self) -> list[Box]:
+        """This rank's boxes of the Hugging Face tensors' gradients."""
+        return [(piece.hf_name, piece.hf_offset, values.clone()) for piece, values in self.trainer.gradient_boxes()]
+
+    def states(self) -> dict[str, list[Box]]:
+        """This rank's boxes of the master weights and of Adam's moments, by `STATES`."""
+        boxes: dict[str, list[Box]] = {state: [] for state in STATES}
         for chunk in range(len(self.student.chunks)):
             parameters = self.student.parameters_of(chunk)
-            whole = {}
-            for name, parameter in parameters.items():
-                # The distributed optimizer leaves each replica the sum for its own slice only.
-                full = torch.zeros(parameter.numel())
-                if (owned := self.trainer.slice_of(parameter)) is not None:
-                    full[owned] = parameter.main_grad.view(-1)[owned]
-                dist.all_reduce(full, group=group)
-                whole[name] = full.view(parameter.shape)
-            for piece in self.student.pieces_of(chunk):
-                if piece.primary:
-                    boxes.append((piece.hf_name, piece.hf_offset, box_of(whole[piece.parameter], piece).clone()))
+            for state in STATES:
+                whole = {name: self.whole_state(parameter, state) for name, parameter in parameters.items()}
+                boxes[state] += [(piece.hf_name, piece.hf_offset, box_of(whole[piece.parameter], piece).clone())
+                                 for piece in self.student.pieces_of(chunk) if piece.primary]
         return boxes
+
+    def whole_state(self, parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
+        """A state of a local parameter, put together from the slices of the data-parallel ranks."""
+        full = torch.zeros(parameter.numel())
+        if (owned := self.trainer.slice_of(parameter)) is not None:
+            full[owned] = self.trainer.states_of(parameter)[state].detach()
+        dist.all_reduce(full, group=self.student.grid.groups.dp_cp)
+        return full.view(parameter.shape)
+
+    def local_states(self) -> dict[str, torch.Tensor]:
+        """All that this rank keeps: parameters whole, states in its own slices."""
+        kept = {}
+        for chunk in range(len(self.student.chunks)):
+            for name, parameter in self.student.parameters_of(chunk).items():
+                kept[f"{chunk}.{name}"] = parameter.detach().clone()
+                if self.trainer.slice_of(parameter) is not None:
+                    for state, values in self.trainer.states_of(parameter).items():
+                        kept[f"{chunk}.{name}.{state}"] = values.detach().clone()
+        return kept
 
 
 def first_gradients(case: Distillation):
@@ -124,11 +153,21 @@ def first_gradients(case: Distillation):
     return job.forward_backward(0), job.gradients()
 
 
-def loss_curve(case: Distillation) -> list[float]:
-    """The loss of each step of a training."""
+def curve(case: Distillation) -> list[dict[str, float]]:
+    """The metrics of each step of a training."""
     job = Job(case)
-    losses = []
-    for number in range(case.steps):
-        losses.append(job.forward_backward(number)["loss"])
-        job.trainer.step()
-    return losses
+    return [job.step(number) for number in range(case.steps)]
+
+
+def assemble(results: Sequence[Sequence[Box]]) -> dict[str, torch.Tensor]:
+    """The boxes of all ranks as whole Hugging Face tensors; replicas hold the same boxes."""
+    sizes: dict[str, list[int]] = {}
+    for boxes in results:
+        for name, offset, values in boxes:
+            ends = [start + size for start, size in zip(offset, values.shape, strict=True)]
+            sizes[name] = [max(a, b) for a, b in zip(sizes.get(name, ends), ends, strict=True)]
+    whole = {name: torch.full(size, float("nan")) for name, size in sizes.items()}
+    for boxes in results:
+        for name, offset, values in boxes:
+            whole[name][tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return whole

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megakd.batch import Kind
 from megakd.config import AdpaObjective, DckdObjective, DpoObjective, Parallel
-from tests.mcore.cases import Distillation, first_gradients
-from tests.mcore.tiny import make_groups, make_llama
+from tests.mcore.cases import Distillation, assemble, first_gradients
+from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
 from tests.ranks import run_ranks
 
 OBJECTIVES = {
@@ -32,9 +32,29 @@ def directories(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> dict[str, str]:
+    """Students of other makes than the tied Llama with 3 groups of heads."""
+    folder = tmp_path_factory.mktemp("students")
+    torch.manual_seed(6)
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.15,
+        use_sliding_window=False, bos_token_id=1, eos_token_id=2))
+    for layer in qwen2.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(linear.bias, std=0.3)
+    qwen2.save_pretrained(folder / "biases")
+    return {
+        "untied head": str(make_llama(folder / "untied", seed=4, tied=False)),
+        "4 groups of heads": str(make_llama(folder / "groups", seed=5, heads=8, kv_heads=4)),
+        "biases": str(folder / "biases"),
+    }
+
+
 def naive_gradients(directories: dict[str, str], method: str, groups) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients in float64 by transformers and autograd, from the formulas of the papers."""
-    models = {role: LlamaForCausalLM.from_pretrained(path, dtype=torch.float64) for role, path in directories.items()}
+    models = {role: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for role, path in directories.items()}
 
     def rows(role: str, sample) -> torch.Tensor:
         tokens = torch.tensor([sample.tokens])
@@ -47,7 +67,8 @@ def naive_gradients(directories: dict[str, str], method: str, groups) -> tuple[f
         return [sample for group in groups for sample in group.samples if sample.kind == kind]
 
     def mean(values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(values).mean()
+        together = torch.cat(values)
+        return together.sum() / max(1, together.numel())
 
     def nll(samples) -> torch.Tensor:
         return -mean([rows("student", s).gather(1, labels(s)[:, None])[:, 0] for s in samples])
@@ -80,25 +101,11 @@ def naive_gradients(directories: dict[str, str], method: str, groups) -> tuple[f
     return loss.item(), {name: p.grad for name, p in models["student"].named_parameters()}
 
 
-def assemble(results) -> dict[str, torch.Tensor]:
-    """The boxes of all ranks as whole tensors; replicas hold the same boxes."""
-    sizes: dict[str, list[int]] = {}
-    for _, boxes in results:
-        for name, offset, values in boxes:
-            ends = [start + size for start, size in zip(offset, values.shape, strict=True)]
-            sizes[name] = [max(a, b) for a, b in zip(sizes.get(name, ends), ends, strict=True)]
-    whole = {name: torch.full(size, float("nan")) for name, size in sizes.items()}
-    for _, boxes in results:
-        for name, offset, values in boxes:
-            whole[name][tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
-    return whole
-
-
 def check(results, loss: float, expected: dict[str, torch.Tensor]) -> float:
     """Compares every rank's loss and the assembled gradients; returns the largest relative error of a tensor."""
     for metrics, _ in results:
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    found = assemble(results)
+    found = assemble([boxes for _, boxes in results])
     assert found.keys() == {name for name in expected if not name.startswith("lm_head") or name in found}
     worst = 0.0
     for name, gradient in found.items():
@@ -140,3 +147,9 @@ def test_first_gradients_equal_plain_torch(directories, method, layout):
         dict(zip(("student", "teacher", "reference"), micro_batches, strict=True)), OBJECTIVES[method], groups, 8,
     )
     print(f"{method}, {layout}: worst relative error {check(run_ranks(world, first_gradients, case), loss, expected):.1e}")
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp | tp2 sp | dp2", "tp4 | pp2 dp2 | tp2 dp2", "tp2 sp pp2 vpp2 | pp4 | dp4"])
+@pytest.mark.parametrize("student", ["untied head", "4 groups of heads", "biases"])
+def test_first_gradients_of_other_students(directories, students, student, layout):
+    test_first_gradients_equal_plain_torch(directories | {"student": students[student]}, "adpa", layout)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import random
 import re
 import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+sys.path.insert(0, str(DATA))
+
+import arithmetic  # noqa: E402
+
 CATEGORIES = ("helpful", "correct", "harmless", "format")
 FILES = {"instructions.jsonl": ("inst", 50), "instructions.eval.jsonl": ("eval", 12)}
 MAX_WORDS = 90
@@ -26,17 +29,6 @@ def _read(name: str) -> list[Row]:
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-def _load_arithmetic() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_arithmetic", DATA / "arithmetic.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name, so it has to be registered before it runs.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-arithmetic = _load_arithmetic()
 ROWS = {name: _read(name) for name in FILES}
 ALL_ROWS = [row for rows in ROWS.values() for row in rows]
 FORMAT_ROWS = [row for row in ALL_ROWS if row["category"] == "format"]
@@ -188,18 +180,18 @@ PINNED = {
     "id": "arith-train-0-00001",
     "category": "arithmetic",
     "kind": "change",
-    "numbers": {"a": 7, "p": 5, "b": 6, "q": 4, "note": 100},
+    "numbers": {"a": 7, "p": 8, "b": 4, "q": 4, "note": 100},
     "prompt": (
-        "Jonas's grandmother has 100 euros in her purse. First she gets 7 comics for 5 euros each, then "
-        "6 puzzles for 4 euros each. What remains in the purse, in euros?"
+        "A customer pays with 100 euros for 7 candles (8 euros apiece) and 4 vases (4 euros apiece). How much change "
+        "should the till give, in euros?"
     ),
     "chosen": (
-        "The comics cost 7 \u00d7 5 = 35 euros and the puzzles 6 \u00d7 4 = 24 euros. 100 - 35 - 24 = "
-        "41 euros remain. The answer is 41."
+        "First, the candles cost 7 \u00d7 8 = 56 euros and the vases 4 \u00d7 4 = 16 euros. Then, 100 - 56 - 16 = "
+        "28 euros remain. The answer is 28."
     ),
     "rejected": (
-        "The comics cost 7 \u00d7 5 = 35 euros and for the puzzles there are another 4 euros to pay. "
-        "100 - 35 - 4 = 61 euros remain. The answer is 61."
+        "First, the candles cost 7 \u00d7 4 = 28 euros and the vases 4 \u00d7 8 = 32 euros. Then, 100 - 28 - 32 = "
+        "40 euros remain. The answer is 40."
     ),
 }
 
@@ -237,14 +229,10 @@ def _solve(kind: str, n: dict[str, int]) -> Fraction:
     if kind == "area":
         inside = range(n["side"])
         return Fraction(sum(not (x in inside and y in inside) for x in range(n["length"]) for y in range(n["width"])))
-    if kind == "cutting":
-        return Fraction(n["metres"] * 100 - n["pieces"] * n["piece"])
     if kind == "crew":
-        return 1 / (Fraction(n["other"]) * Fraction(1, n["crew"] * n["days"]))
+        return 1 / (Fraction(n["hands"]) * Fraction(1, n["crew"] * n["days"]))
     if kind == "lessons":
         return Fraction(sum(n["length"] + (n["pause"] if i else 0) for i in range(n["lessons"])))
-    if kind == "posts":
-        return Fraction(2 * len(range(0, n["length"] + 1, n["gap"])))
     if kind == "discount":
         return Fraction(n["price"] * (100 - n["percent"]), 100) - n["voucher"]
     if kind == "mean":
@@ -282,9 +270,9 @@ def test_arithmetic_rows(seed: int, split: str) -> None:
 
 
 def test_arithmetic_kinds_and_wordings() -> None:
-    rows = arithmetic.generate(2800, 3, "train")
+    rows = arithmetic.generate(2400, 3, "train")
     counts = Counter(row["kind"] for row in rows)
-    assert len(counts) == 14 and set(counts.values()) == {200}
+    assert len(counts) == 12 and set(counts.values()) == {200}
     assert all(len(kind.prompts) >= 4 and len(kind.slips) >= 3 for kind in arithmetic.KINDS.values())
     longer = Counter()
     for row in rows:
@@ -292,21 +280,52 @@ def test_arithmetic_kinds_and_wordings() -> None:
             (_words(row["chosen"]) > _words(row["rejected"])) - (_words(row["chosen"]) < _words(row["rejected"]))
         ] += 1
     # Many pairs are equally long; neither side may be the longer one much more often than the other.
-    assert abs(longer[1] - longer[-1]) / len(rows) < 0.25
+    assert abs(longer[1] - longer[-1]) / len(rows) < 0.15
 
 
 def test_every_slip_can_be_drawn() -> None:
     """A slip that is never both whole and wrong would be dead text."""
     for name, kind in arithmetic.KINDS.items():
-        used = [0] * len(kind.slips)
-        rng = arithmetic.random.Random(0)
-        for _ in range(500):
-            numbers, words = kind.draw(rng), kind.words(rng)
-            right = kind.right(numbers, words).value
-            for index, slip in enumerate(kind.slips):
-                solution = slip(numbers, words)
-                used[index] += solution is not None and solution.value > 0 and solution.value != right
-        assert all(used), (name, used)
+        used = Counter()
+        rng = random.Random(0)
+        for _ in range(3000):
+            numbers, words = arithmetic.draw(kind, rng)
+            right = arithmetic.solve(kind.right, numbers, words) if kind.suits(**numbers) else None
+            if right is None:
+                continue
+            assert right[1] == _solve(name, numbers)
+            for slip in kind.slips:
+                solution = arithmetic.solve(slip, numbers, words)
+                used[slip] += solution is not None and solution[1] != right[1]
+        assert all(used[slip] > 0 for slip in kind.slips), (name, used)
+
+
+def test_every_prompt_tells_its_numbers_once_and_every_plan_has_two_clauses() -> None:
+    for name, kind in arithmetic.KINDS.items():
+        for prompt in kind.prompts:
+            told = [field.removesuffix("_part") for field in re.findall(r"\{(\w+)\}", prompt)]
+            assert [told.count(number) for number in kind.numbers] == [1] * len(kind.numbers), (name, prompt)
+            assert re.search(r"\d", prompt) is None
+        for plan in (kind.right, *kind.slips):
+            assert " ".join(plan.split()).count("; ") == 1, (name, plan)
+        assert len(set(kind.slips)) == len(kind.slips) and kind.right not in kind.slips
+
+
+@pytest.mark.parametrize(
+    ("plan", "solution"),
+    [
+        ("{name} has [s = a + b - 2]; [s * a]", ("Uma has 7 + 3 - 2 = 8; 8 \u00d7 7 = 56", 56)),
+        ("[a * 6 / b] {x}", ("7 \u00d7 6 \u00f7 3 = 14 eggs", 14)),
+        ("[a // b]", ("3 \u00d7 2 = 6 is the most that fits into 7", 2)),
+        ("[a % b]", ("3 \u00d7 2 = 6 fits into 7 and leaves 7 - 6 = 1", 1)),
+        ("[s = a - b] and {s}", ("7 - 3 = 4 and 4", 4)),
+        ("[a / b]", None),
+        ("[s = b - a]; [s + a]", None),
+        ("[a - 7]", None),
+    ],
+)
+def test_plans_are_carried_out(plan: str, solution: tuple[str, int] | None) -> None:
+    assert arithmetic.solve(plan, {"a": 7, "b": 3}, {"name": "Uma", "x": "eggs"}) == solution
 
 
 def test_arithmetic_is_determined_by_its_arguments() -> None:
@@ -359,9 +378,10 @@ def test_generator_says_when_no_problem_is_left(monkeypatch: pytest.MonkeyPatch)
         ("chosen", "It is 3.", "must end with"),
         ("kind", "riddle", "kind='riddle': must be one of"),
         ("prompt", "How much is 1 and 1?", "must tell exactly the numbers"),
+        ("numbers", {"a": 1, "b": 1}, "must have exactly the names a, p, b, q, note"),
     ],
 )
-def test_verify_finds_broken_rows(field: str, value: str, message: str) -> None:
+def test_verify_finds_broken_rows(field: str, value: Any, message: str) -> None:
     row = arithmetic.generate(1, 0, "train")[0]
     with pytest.raises(ValueError, match=message):
         arithmetic.verify({**row, field: value})

@@ -1,0 +1,316 @@
+"""Checkpoints: bit for bit on the same layout, the same numbers on any other, and refusals that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
+
+from megakd.batch import Kind
+from megakd.config import Parallel, Precision, SftObjective
+from megakd.errors import ModelError
+from megakd.mcore import checkpoint
+from tests.mcore.cases import Distillation, Job, assemble, world
+from tests.mcore.tiny import make_groups, make_llama
+from tests.ranks import run_ranks
+
+FACTS = {"stage": "d41d8cd98f00b204"}
+STEPS, SAVED = 5, 2
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> str:
+    return str(make_llama(tmp_path_factory.mktemp("models") / "tied", seed=1))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> str:
+    return str(make_llama(tmp_path_factory.mktemp("models") / "untied", seed=2, tied=False))
+
+
+def training(student: str, parallel: Parallel, dtype: str = "fp32") -> Distillation:
+    """An SFT training of 5 steps, whose learning rate rises over 2."""
+    return Distillation({"student": student}, {"student": parallel}, {"student": 2}, SftObjective(),
+                        tuple(make_groups(24, (Kind.CHOSEN,))), global_batch=8, steps=STEPS, warmup=0.4,
+                        weight_decay=0.1, precision=Precision(dtype=dtype))
+
+
+def _draws() -> torch.Tensor:
+    """Numbers of both generators that megatron-core's modules draw from."""
+    first = torch.rand(3)
+    with get_cuda_rng_tracker().fork():
+        second = torch.rand(3)
+    return torch.cat([first, second])
+
+
+def _resume(case: Distillation, folder: str) -> dict:
+    """Loads the newest checkpoint into a new trainer and goes on to the end."""
+    job = Job(case)
+    path, number = checkpoint.latest(Path(folder))
+    assert checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD) == number
+    loaded = {"adam_step": job.trainer.steps_taken, "states": job.states(), "draws": _draws()}
+    metrics = [job.step(number) for number in range(number, case.steps)]
+    return {**loaded, "metrics": metrics, "last": job.states(), "kept": job.local_states(), "end": job.trainer.steps_taken}
+
+
+# ------------------------------------------------------------------------------------------------------- same layout
+
+
+def _save_and_resume(case: Distillation, folder: str) -> tuple[dict[str, bool], tuple[float, ...]]:
+    """An undisturbed training, one that saves, and one that goes on from there: what is the same on this rank, and the
+    random numbers drawn after the save."""
+    undisturbed = Job(case)
+    expected = [undisturbed.step(number) for number in range(case.steps)]
+    saving = Job(case)
+    for number in range(SAVED):
+        saving.step(number)
+    torch.manual_seed(100 + world().rank)
+    with get_cuda_rng_tracker().fork():
+        torch.rand(world().rank + 1)
+    path = checkpoint.save(Path(folder), SAVED, saving.trainer, FACTS, dist.group.WORLD)
+    assert path.is_dir(), "save has returned before the checkpoint has its name"
+    draws = _draws()
+    saved = saving.local_states()
+    for number in range(SAVED, case.steps):
+        saving.step(number)
+
+    torch.manual_seed(0)
+    found = _resume(case, folder)
+    kept = undisturbed.local_states()
+    return {
+        "metrics": found["metrics"] == expected[SAVED:],
+        "parameters and moments": _same(found["kept"], kept),
+        "of the run that has saved": _same(saving.local_states(), kept),
+        "random numbers": torch.equal(found["draws"], draws),
+        "steps": (found["adam_step"], found["end"]) == (SAVED, case.steps),
+        "it has trained": not _same(saved, kept),
+    }, tuple(draws.tolist())
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("ranks, parallel, dtype", [
+    (1, Parallel(), "fp32"),
+    (1, Parallel(), "bf16"),
+    (2, Parallel(tensor=2, pad_heads=True), "fp32"),
+    (2, Parallel(pipeline=2), "fp32"),
+    (2, Parallel(), "fp32"),
+    (2, Parallel(), "bf16"),
+    (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32"),
+    (4, Parallel(tensor=2, pad_heads=True), "bf16"),
+    (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32"),
+], ids=["1", "1 bf16", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 dp2 bf16", "pp2 vpp2 dp2"])
+def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, dtype):
+    results = run_ranks(ranks, _save_and_resume, training(tied, parallel, dtype), str(tmp_path))
+    for rank, (same, _) in enumerate(results):
+        assert all(same.values()), f"rank {rank}: {[name for name, equal in same.items() if not equal]}"
+    assert len({draws for _, draws in results}) == ranks, "the ranks' generators do not differ: nothing is tested"
+
+
+# ------------------------------------------------------------------------------------------------------ other layouts
+
+
+def _save(case: Distillation, folder: str) -> dict:
+    job = Job(case)
+    for number in range(SAVED):
+        job.step(number)
+    checkpoint.save(Path(folder), SAVED, job.trainer, FACTS, dist.group.WORLD)
+    states = job.states()
+    metrics = [job.step(number) for number in range(SAVED, case.steps)]
+    return {"states": states, "metrics": metrics, "last": job.states()}
+
+
+@pytest.fixture(scope="module")
+def saved(tied, untied, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """Checkpoints of both models under tensor 2 (padded heads) x pipeline 2, and what the ranks had and did next."""
+    made = {}
+    for name, student in (("tied", tied), ("untied", untied)):
+        folder = tmp_path_factory.mktemp(name)
+        case = training(student, Parallel(tensor=2, pipeline=2, pad_heads=True))
+        made[name] = folder, run_ranks(4, _save, case, str(folder))
+    return made
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("ranks, parallel", [
+    (1, Parallel()),
+    (2, Parallel()),
+    (2, Parallel(tensor=2, pad_heads=True, sequence=True)),
+    (2, Parallel(pipeline=2)),
+    (4, Parallel(tensor=4, pad_heads=True)),
+    (4, Parallel(pipeline=2, virtual_pipeline=2)),
+], ids=["1", "dp2", "tp2 sp", "pp2", "tp4", "pp2 vpp2 dp2"])
+def test_another_layout_reads_the_same_numbers_and_goes_on(request, saved, model, ranks, parallel):
+    folder, writers = saved[model]
+    readers = run_ranks(ranks, _resume, training(request.getfixturevalue(model), parallel), str(folder))
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        written = assemble([writer["states"][state] for writer in writers])
+        read = assemble([reader["states"][state] for reader in readers])
+        assert read.keys() == written.keys()
+        assert all(torch.equal(read[name], values) for name, values in written.items()), state
+    worst = 0.0
+    for found, expected in zip(readers[0]["metrics"], writers[0]["metrics"], strict=True):
+        for name, value in expected.items():
+            worst = max(worst, abs(found[name] - value) / abs(value))
+    assert worst < 1e-5
+    print(f"tp2 pp2 -> {parallel!r} of {ranks}: worst relative error of a metric {worst:.1e}")
+    assert {reader["adam_step"] for reader in readers} == {SAVED}
+
+
+def _random_numbers_after_loading(case: Distillation, folder: str) -> bool:
+    job = Job(case)
+    torch.manual_seed(7)
+    expected = _draws()
+    torch.manual_seed(7)
+    before = get_cuda_rng_tracker().get_states()
+    checkpoint.load(checkpoint.latest(Path(folder))[0], job.trainer, FACTS, dist.group.WORLD)
+    after = get_cuda_rng_tracker().get_states()
+    return torch.equal(torch.rand(3), expected[:3]) and _same(before, after)
+
+
+def test_another_layout_keeps_its_random_generators(tied, saved):
+    # Of as many ranks: a rank's state belongs to its place in the layout, not to its number.
+    assert all(run_ranks(4, _random_numbers_after_loading, training(tied, Parallel()), str(saved["tied"][0])))
+
+
+# ------------------------------------------------------------------------------------------------ what can go wrong
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of the tied model's checkpoints, to be damaged."""
+    return Path(shutil.copytree(saved["tied"][0], tmp_path / "checkpoints"))
+
+
+def _load(case: Distillation, folder: str, facts: dict[str, str]) -> str:
+    job = Job(case)
+    try:
+        checkpoint.load(checkpoint.latest(Path(folder))[0], job.trainer, facts, dist.group.WORLD)
+    except ModelError as error:
+        return str(error)
+    return "loaded"
+
+
+def error_of(folder: Path, student: str, facts: dict[str, str] = FACTS) -> str:
+    """The ModelError of loading on one process."""
+    return run_ranks(1, _load, training(student, Parallel()), str(folder), facts)[0]
+
+
+def test_other_facts_are_refused(folder, tied):
+    message = error_of(folder, tied, {"stage": "another"})
+    assert "stage = 'd41d8cd98f00b204'" in message and "'another'" in message and "output folder" in message
+    assert "no data" in error_of(folder, tied, {**FACTS, "data": "1"})
+    assert error_of(folder, tied) == "loaded"
+
+
+def test_another_model_is_refused(folder, tmp_path):
+    deeper = make_llama(tmp_path / "deeper", seed=1, layers=6)
+    message = error_of(folder, str(deeper))
+    assert "model.layers.4." in message and "another model" in message
+
+
+def test_a_missing_file_is_named(folder, tied):
+    (folder / "step-00000002" / "rank-00002.safetensors").unlink()
+    message = error_of(folder, tied)
+    assert "rank-00002.safetensors" in message and "Remove the checkpoint" in message
+
+
+def test_a_truncated_file_is_named(folder, tied):
+    file = folder / "step-00000002" / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    message = error_of(folder, tied)
+    assert "rank-00001.safetensors" in message and "damaged" in message
+
+
+def test_a_missing_box_is_named(folder, tied):
+    file = folder / "step-00000002" / "rank-00001.safetensors"
+    header = json.loads(file.read_bytes()[8:][: int.from_bytes(file.read_bytes()[:8], "little")])
+    boxes = json.loads(header["__metadata__"]["boxes"])
+    lost = boxes.pop(4)
+    save_file(load_file(file), file, {"boxes": json.dumps(boxes)})
+    message = error_of(folder, tied)
+    assert lost["tensor"] in message and lost["state"] in message
+
+
+@pytest.mark.parametrize("text", ['{"step": 2', '{"step": 2}'])
+def test_information_that_cannot_be_read_is_named(folder, tied, text):
+    (folder / "step-00000002" / "checkpoint.json").write_text(text)
+    message = error_of(folder, tied)
+    assert "checkpoint.json" in message and "Remove the checkpoint" in message
+
+
+# ------------------------------------------------------------------------------------------------------- being killed
+
+
+def _save_twice(case: Distillation, folder: str) -> None:
+    job = Job(case)
+    for number in range(4):
+        job.step(number)
+        if number % 2:
+            checkpoint.save(Path(folder), number + 1, job.trainer, FACTS, dist.group.WORLD)
+
+
+def test_leftovers_of_a_killed_run_are_passed_over_and_removed(tied, tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.latest(folder) is None
+    half_written = folder / "partial"
+    half_removed = folder / "step-00000001"
+    for path in (half_written, half_removed):
+        path.mkdir(parents=True)
+        (path / "rank-00007.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(folder) is None
+    run_ranks(1, _save_twice, training(tied, Parallel()), str(folder))
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert sorted(path.name for path in (folder / "step-00000004").iterdir()) == [
+        "checkpoint.json", "rank-00000.safetensors"]
+    assert checkpoint.latest(folder) == (folder / "step-00000004", 4)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program runs after it."""
+
+
+def _save_and_be_killed(case: Distillation, folder: str, at: str) -> list[int | None]:
+    """Is killed at each call of the function named `at` in turn, until a save gets through; what `latest` says then."""
+    job = Job(case)
+    job.step(0)
+    checkpoint.save(Path(folder), 1, job.trainer, FACTS, dist.group.WORLD)
+    seen = []
+    for survives in range(100):
+        module, name = {"sync": (checkpoint, "_sync"), "rename": (Path, "rename"), "unlink": (Path, "unlink"),
+                        "rmtree": (checkpoint.shutil, "rmtree")}[at]
+        real, calls = getattr(module, name), []
+
+        def killing(*args, real=real, calls=calls, survives=survives, **kwargs):
+            if len(calls) == survives:
+                raise Killed
+            calls.append(args)
+            return real(*args, **kwargs)
+
+        setattr(module, name, killing)
+        try:
+            checkpoint.save(Path(folder), 2, job.trainer, FACTS, dist.group.WORLD)
+        except Killed:
+            found = checkpoint.latest(Path(folder))
+            seen.append(found[1] if found else None)
+        else:
+            return seen
+        finally:
+            setattr(module, name, real)
+        reader = Job(case)
+        checkpoint.load(found[0], reader.trainer, FACTS, dist.group.WORLD)
+    raise AssertionError("never got through")
+
+
+@pytest.mark.parametrize("at", ["sync", "rename", "unlink", "rmtree"])
+def test_a_run_killed_while_saving_has_a_whole_checkpoint(tied, tmp_path, at):
+    seen = run_ranks(1, _save_and_be_killed, training(tied, Parallel()), str(tmp_path), at)[0]
+    assert seen and set(seen) <= {1, 2}, seen

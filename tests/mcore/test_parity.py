@@ -1,0 +1,234 @@
+"""A real model in megatron-core's layouts against transformers: log-probs, greedy answers, and the weights written back.
+
+The environment variable MEGAKD_TEST_MODEL names the Hugging Face directory of the model (float32 weights).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megakd.batch import Group, Kind, Step
+from megakd.config import Parallel
+from megakd.data.dataset import preference_groups, read_rows
+from megakd.data.tokenizers import load_tokenizer
+from megakd.hf.directory import tensor_files
+from megakd.hf.exporter import ExportTarget, export_model
+from megakd.losses import fused_token_log_probs
+from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.mcore.step import forward_hidden
+from megakd.rollout import Prompt, Sampling, generate
+from tests.mcore import cases
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ, reason="MEGAKD_TEST_MODEL names no model directory")
+
+ROWS, PROMPTS, MICRO_BATCH, SLOTS = 64, 32, 8, 20
+DATA = Path(__file__).parents[2] / "examples" / "data" / "instructions.jsonl"
+LAYOUTS = {
+    "tp1": Parallel(), "tp2": Parallel(tensor=2, pad_heads=True), "pp2": Parallel(pipeline=2),
+    "tp2 pp2": Parallel(tensor=2, pipeline=2, pad_heads=True),
+}
+ANSWERING = ("tp1", "tp2 pp2")
+EXPORTING = "tp2 pp2"
+TIE = 1e-4
+"""Two logits that are nearer may swap: sums are taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def directory() -> str:
+    return os.environ["MEGAKD_TEST_MODEL"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return load_tokenizer(Path(directory))
+
+
+@pytest.fixture(scope="module")
+def groups(tokenizer) -> tuple[Group, ...]:
+    """The chosen answers of 64 rows."""
+    rows = read_rows((DATA,), ROWS, seed=1)
+    return tuple(preference_groups(rows, tokenizer, (Kind.CHOSEN,), max_length=512, too_long="error"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer) -> list[Prompt]:
+    """32 prompts."""
+    rows = read_rows((DATA,), PROMPTS, seed=2)
+    return [Prompt(number, tuple(tokenizer.encode(row.prompt, None, close=False)[0])) for number, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def greedy(tokenizer) -> Sampling:
+    return Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=24, stop_ids=tokenizer.stop_ids, seed=0)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parity") / "exported"
+
+
+# ----------------------------------------------------------------------------------------------------- megatron-core
+
+
+def _measure(directory: str, parallel: Parallel, groups: Sequence[Group], prompts: Sequence[Prompt],
+             sampling: Sampling, export_to: Path | None) -> tuple[dict[int, list[float]] | None, list[tuple[int, ...]]]:
+    """On each rank: the log-probs of each sequence's response (on the last stage), and the answers to the prompts."""
+    torch.set_num_threads(max(1, os.cpu_count() // dist.get_world_size()))
+    try:
+        model = cases.build(directory, parallel)
+        if export_to is not None:
+            export_model(
+                ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
+                [model.parameters_of(0)], layout=model.grid.layout, at=model.grid.at, tp_group=model.grid.groups.tp,
+                barrier_group=dist.group.WORLD)
+        with evaluating(model):
+            answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=SLOTS, pad_id=0)
+            return _log_probs(model, groups), [answer.tokens for answer in answers]
+    finally:
+        torch.set_num_threads(1)
+
+
+def _log_probs(model: Model, groups: Sequence[Group]) -> dict[int, list[float]] | None:
+    step = Step(tuple(groups))
+    batches = step.batches(step.table(1, MICRO_BATCH)[0], pad_id=0, padding=model.padding, device="cpu")
+    outputs = forward_hidden(model, batches)
+    if outputs is None:
+        return None
+    found: dict[int, list[float]] = {}
+    for batch, hidden_TH in zip(batches, outputs, strict=True):
+        log_probs_T = fused_token_log_probs(hidden_TH, model.head_VH, batch.positions.labels_T,
+                                            tp_group=model.grid.groups.tp, vocab_size=model.architecture.vocab_size)
+        for sample, log_prob in zip(batch.sample_ids_B[batch.positions.rows_T].tolist(), log_probs_T.tolist(), strict=True):
+            found.setdefault(sample, []).append(log_prob)
+    return found
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def measured(request, directory, groups, prompts, greedy, exported):
+    """A layout's name, and what all of its ranks have found."""
+    parallel = LAYOUTS[request.param]
+    mine = prompts if request.param in ANSWERING else []
+    results = run_ranks(parallel.tensor * parallel.pipeline, _measure, directory, parallel, groups, mine, greedy,
+                        exported if request.param == EXPORTING else None, timeout=600)
+    return request.param, results
+
+
+# ------------------------------------------------------------------------------------------------------ transformers
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def transformers_model(directory) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def their_log_probs(transformers_model, groups) -> list[torch.Tensor]:
+    """The log-probs of each response's tokens."""
+    samples = [group.samples[0] for group in groups]
+    found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
+    order = sorted(range(len(samples)), key=lambda number: len(samples[number].tokens))
+    with _all_cores():
+        for start in range(0, len(order), MICRO_BATCH):
+            numbers = order[start : start + MICRO_BATCH]
+            width = max(len(samples[number].tokens) for number in numbers)
+            tokens = torch.tensor([[*samples[n].tokens, *[0] * (width - len(samples[n].tokens))] for n in numbers])
+            attended = torch.tensor([[1] * len(samples[n].tokens) + [0] * (width - len(samples[n].tokens)) for n in numbers])
+            hidden = transformers_model.model(tokens, attention_mask=attended).last_hidden_state
+            for row, number in enumerate(numbers):
+                sample = samples[number]
+                places = slice(sample.prompt_length - 1, len(sample.tokens) - 1)
+                log_probs = transformers_model.lm_head(hidden[row, places]).log_softmax(-1)
+                labels = torch.tensor(sample.tokens[sample.prompt_length :])
+                found[number] = log_probs.gather(1, labels[:, None])[:, 0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def their_answers(transformers_model, prompts, greedy) -> list[list[int]]:
+    """Greedy answers by `generate`, each up to its stop token."""
+    width = max(len(prompt.tokens) for prompt in prompts)
+    tokens = torch.tensor([[*[0] * (width - len(prompt.tokens)), *prompt.tokens] for prompt in prompts])
+    attended = torch.tensor([[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts])
+    with _all_cores():
+        output = transformers_model.generate(
+            tokens, attention_mask=attended, do_sample=False, max_new_tokens=greedy.max_new_tokens,
+            eos_token_id=list(greedy.stop_ids), pad_token_id=greedy.stop_ids[0])
+    answers = []
+    for row in output[:, width:].tolist():
+        stops = [place for place, token in enumerate(row) if token in greedy.stop_ids]
+        answers.append(row[: stops[0] + 1] if stops else row)
+    return answers
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_log_probs_are_those_of_transformers(measured, groups, their_log_probs):
+    layout, results = measured
+    found = [log_probs for log_probs, _ in results if log_probs is not None]
+    assert len(found) == LAYOUTS[layout].tensor
+    worst = 0.0
+    for log_probs in found:
+        assert sorted(log_probs) == list(range(len(groups)))
+        for number, expected in enumerate(their_log_probs):
+            worst = max(worst, (torch.tensor(log_probs[number]) - expected).abs().max().item())
+    tokens = sum(len(log_probs) for log_probs in their_log_probs)
+    print(f"{layout}: largest difference of {tokens} log-probs {worst:.1e}")
+    assert worst < 1e-4
+
+
+def test_greedy_answers_are_those_of_transformers(measured, prompts, their_answers, transformers_model):
+    layout, results = measured
+    if layout not in ANSWERING:
+        return
+    ties = 0
+    for _, answers in results:
+        assert answers == results[0][1], "the ranks do not agree"
+    for prompt, mine, theirs in zip(prompts, results[0][1], their_answers, strict=True):
+        if list(mine) == theirs:
+            continue
+        place = next(i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b)
+        with _all_cores():
+            logits = transformers_model(torch.tensor([[*prompt.tokens, *theirs[:place]]])).logits[0, -1]
+        best = logits.topk(2)
+        gap = (best.values[0] - best.values[1]).item()
+        assert {mine[place], theirs[place]} == set(best.indices.tolist()) and gap < TIE, (
+            f"prompt {prompt.sample_id}, token {place}: {mine[place]} instead of {theirs[place]}, which is {gap:.1e} ahead")
+        ties += 1
+    tokens = sum(len(answer) for answer in their_answers)
+    print(f"{layout}: {len(prompts) - ties} of {len(prompts)} answers equal, {ties} differ at a tie; {tokens} tokens")
+
+
+def test_the_weights_come_back_byte_for_byte(measured, directory, exported):
+    layout, _ = measured
+    if layout != EXPORTING:
+        return
+    source, written = tensor_files(directory), tensor_files(exported)
+    assert source.keys() == written.keys()
+    for name in source:
+        with safe_open(source[name], "pt") as theirs, safe_open(written[name], "pt") as mine:
+            one, other = theirs.get_tensor(name), mine.get_tensor(name)
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
+    print(f"{layout}: {len(source)} tensors in {len(set(written.values()))} files")

@@ -1,0 +1,313 @@
+"""What is found before a run starts: every way in which recipe, models, data and disk can be unfit for each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megakd import check, manifest
+from megakd.check import check_recipe
+from megakd.config import dump, parse
+from megakd.errors import ConfigError, DataError, MegakdError, ModelError
+from tests.recipes import CONTEXT, VOCABULARY, stage, tiny_recipe, tiny_rows, write_rows, write_tiny_model
+from tests.tiny_tokenizer import CHATML
+
+WORLD = 2
+
+
+@pytest.fixture
+def raw(tmp_path) -> dict[str, Any]:
+    return tiny_recipe(tmp_path)
+
+
+def below(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def refused(raw: dict[str, Any], tmp_path: Path, kind: type[MegakdError], world: int = WORLD) -> str:
+    """The message of a refusal that leaves no trace: no file, no process group."""
+    before = below(tmp_path)
+    recipe = parse(raw)
+    with pytest.raises(kind) as caught:
+        check_recipe(recipe, world)
+    assert below(tmp_path) == before
+    assert not dist.is_initialized()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_good_recipe_passes_and_leaves_no_trace(raw, tmp_path):
+    before = below(tmp_path)
+    check_recipe(parse(raw), WORLD)
+    assert below(tmp_path) == before
+    assert not dist.is_initialized()
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+@pytest.mark.parametrize("field", ["reference.model", "student.model", "stages.dckd.init", "stages.eval.models.start"])
+def test_a_missing_model_directory(raw, tmp_path, field):
+    section, _, name = field.rpartition(".")
+    node = raw[section] if section in raw else stage(raw, section.split(".")[1])
+    node = node["models"] if section.endswith("models") else node
+    node[name] = str(tmp_path / "nowhere")
+    message = refused(raw, tmp_path, ConfigError)
+    assert message == (f"{field} = '{tmp_path}/nowhere': there is no such directory. Give a Hugging Face model directory, "
+                       "or run:NAME")
+
+
+def test_heads_that_do_not_divide(raw, tmp_path):
+    del raw["student"]["parallel"]["pad_heads"]
+    message = refused(raw, tmp_path, ConfigError)
+    rule = "the model's 6 query heads in 3 key/value groups do not divide by it"
+    assert message.startswith(f"student.parallel.tensor = 2: {rule}. ")
+    assert "Set student.parallel.pad_heads=true, which adds 2 zero heads = 33% more attention work" in message
+    assert message.endswith("or use one of 1, 3")
+
+
+def test_layers_that_do_not_divide(raw, tmp_path):
+    raw["teacher"]["parallel"] = {"pipeline": 3}
+    raw["student"]["parallel"], raw["reference"]["parallel"] = {"tensor": 3}, {"tensor": 3}
+    message = refused(raw, tmp_path, ConfigError, world=3)
+    assert message == ("teacher.parallel.pipeline = 3: the model's 4 layers must be a multiple of it. Use one of 1, 2, "
+                       "4")
+
+
+def test_a_model_is_checked_in_the_layout_that_it_runs_in(raw, tmp_path):
+    """What the teacher's stage starts from is cut like the teacher, though the same model as reference is not cut."""
+    stage(raw, "dpo")["init"] = str(write_tiny_model(tmp_path / "deep", seed=3, layers=5))
+    message = refused(raw, tmp_path, ConfigError)
+    assert message.startswith("teacher.parallel.pipeline = 2: the model's 5 layers must be a multiple of it")
+
+
+def test_feed_forward_size_that_does_not_divide(raw, tmp_path):
+    raw["student"]["model"] = str(write_tiny_model(tmp_path / "odd", seed=3, layers=2, ffn_size=95))
+    message = refused(raw, tmp_path, ConfigError)
+    rule = "the model's intermediate_size 95 must be a multiple of it"
+    assert message == f"student.parallel.tensor = 2: {rule}. Use one of 1"
+
+
+def test_a_world_that_does_not_divide(raw, tmp_path):
+    assert refused(raw, tmp_path, ConfigError, world=3).startswith("student.parallel = 'tensor 2 x pipeline 1")
+
+
+def test_a_model_of_an_unknown_family(raw, tmp_path):
+    config = tmp_path / "student_start" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
+    assert refused(raw, tmp_path, ModelError).startswith(f"{config}: model_type = 'mamba' is not supported")
+
+
+def test_a_model_without_weights(raw, tmp_path):
+    (tmp_path / "student_start" / "model.safetensors").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json there" in refused(raw, tmp_path, ModelError)
+
+
+def test_a_model_with_too_few_weights(raw, tmp_path):
+    config = tmp_path / "student_start" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    message = refused(raw, tmp_path, ModelError)
+    assert message == (f"{tmp_path}/student_start: its files lack model.layers.2.input_layernorm.weight and 8 more "
+                       "tensors. Give a directory with the whole model")
+
+
+def test_an_evaluated_model_is_checked_too(raw, tmp_path):
+    other = write_tiny_model(tmp_path / "other", seed=4, template=CHATML.replace("helpful", "terse"))
+    stage(raw, "eval")["models"]["other"] = str(other)
+    assert "have different tokenizers" in refused(raw, tmp_path, ModelError)
+
+
+# -------------------------------------------------------------------------------------------- tokenizers, vocabularies
+def test_tokenizers_that_differ_in_a_token(raw, tmp_path):
+    file = tmp_path / "student_start" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<|eot|>"', '"<|over|>"'))
+    message = refused(raw, tmp_path, ModelError)
+    assert message.startswith(f"{tmp_path}/reference and {tmp_path}/student_start have different tokenizers: "
+                              "id 6 is '<|eot|>' and '<|over|>'")
+
+
+def test_tokenizers_that_differ_in_the_chat_template(raw, tmp_path):
+    (tmp_path / "student_start" / "chat_template.jinja").write_text(CHATML.replace("helpful", "terse"))
+    message = refused(raw, tmp_path, ModelError)
+    assert f"the chat templates differ from character {CHATML.index('helpful')}: " in message
+
+
+def test_vocabularies_of_different_sizes(raw, tmp_path):
+    shutil.rmtree(tmp_path / "student_start")
+    write_tiny_model(tmp_path / "student_start", seed=2, layers=2, vocab_size=448)
+    message = refused(raw, tmp_path, ModelError)
+    assert f"student_start have vocabularies of {VOCABULARY} and 448 tokens (vocab_size in config.json)" in message
+
+
+def test_a_head_narrower_than_the_tokenizer(raw, tmp_path):
+    for name, layers in (("reference", 4), ("student_start", 2)):
+        shutil.rmtree(tmp_path / name)
+        write_tiny_model(tmp_path / name, seed=2, layers=layers, vocab_size=400)
+    assert f"the tokenizer has {VOCABULARY} tokens, the models' heads 400" in refused(raw, tmp_path, ModelError)
+
+
+def test_a_missing_chat_template(raw, tmp_path):
+    raw["data"]["chat_template"] = str(tmp_path / "none.jinja")
+    assert refused(raw, tmp_path, ModelError) == f"{tmp_path}/none.jinja: there is no such chat template file"
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+def test_a_length_beyond_the_context(raw, tmp_path):
+    raw["data"]["max_length"] = CONTEXT + 1
+    message = refused(raw, tmp_path, ConfigError)
+    assert message == (f"data.max_length = {CONTEXT + 1}: {tmp_path}/reference has a context of {CONTEXT} tokens. Use "
+                       f"at most {CONTEXT}")
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_no_data_file_named(raw, tmp_path, name):
+    raw["data"][name] = []
+    message = refused(raw, tmp_path, ConfigError)
+    assert message.startswith(f"data.{name} = []: a stage reads these rows and no file is named")
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_missing_data_file(raw, tmp_path, name):
+    raw["data"][name] = [str(tmp_path / "other.jsonl")]
+    message = refused(raw, tmp_path, DataError)
+    assert message.startswith(f"{tmp_path}/other.jsonl: there is no such file or folder. {tmp_path}/ holds eval.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_data_file(raw, tmp_path, content):
+    (tmp_path / "eval.jsonl").write_text(content)
+    assert refused(raw, tmp_path, DataError).startswith(f"{tmp_path}/eval.jsonl: the file has no rows")
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_a_row_that_lacks_a_field(raw, tmp_path, name, field):
+    rows = tiny_rows(10)
+    del rows[2][field]
+    write_rows(tmp_path / f"{name}.jsonl", rows)
+    message = refused(raw, tmp_path, DataError)
+    assert re.match(rf"\S*{name}\.jsonl:3: field '{field}': missing", message)
+
+
+def test_a_line_that_is_not_utf8(raw, tmp_path):
+    lines = (tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4].replace(b"eggs", b"\xe9ggs")
+    (tmp_path / "train.jsonl").write_bytes(b"".join(lines))
+    message = refused(raw, tmp_path, DataError)
+    assert message.startswith(f"{tmp_path}/train.jsonl:5: byte 0xe9 at position ")
+    assert message.endswith("is not UTF-8. Convert the file to UTF-8")
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_sequence_that_is_too_long(raw, tmp_path, name):
+    rows = tiny_rows(10)
+    rows[6]["chosen"] = "no! " * 200
+    write_rows(tmp_path / f"{name}.jsonl", rows)
+    message = refused(raw, tmp_path, DataError)
+    assert re.search(rf"{name}\.jsonl:7: field 'chosen': \d+ tokens \(prompt \d+, response \d+\), more than max_length "
+                     r"96. Raise max_length to \d+ or more, or set too_long to drop", message)
+    raw["data"]["too_long"] = "drop"
+    check_recipe(parse(raw), WORLD)
+
+
+def test_fewer_rows_than_a_step_takes(raw, tmp_path):
+    stage(raw, "adpa")["global_batch"] = 12
+    message = refused(raw, tmp_path, ConfigError)
+    rule = "the data give 10 groups, fewer than one step takes"
+    assert message == f"stages.adpa.global_batch = 12: {rule}. Lower it, or give more rows"
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+def test_no_room_on_the_disk(raw, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    message = refused(raw, tmp_path, ConfigError)
+    assert re.search(r"4 models and 2 checkpoints need \d+\.\d MiB, and its disk has 1\.0 MiB free", message)
+
+
+def test_finished_stages_need_no_room(raw, tmp_path, monkeypatch):
+    for name in ("dpo", "dckd", "adpa", "export"):
+        (tmp_path / "run" / "stages" / name).mkdir(parents=True)
+        (tmp_path / "run" / "stages" / name / manifest.MANIFEST).write_text("{}")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**10))
+    check_recipe(parse(raw), WORLD)
+
+
+def test_the_output_folder_of_another_recipe(raw, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(parse(raw | {"name": "other"})))
+    message = refused(raw, tmp_path, ConfigError)
+    rule = "holds a run of the recipe 'other', this one is 'tiny'"
+    assert message == f"output = {str(tmp_path / 'run')!r}: {rule}. Choose another folder"
+
+
+def test_the_output_folder_of_the_same_recipe(raw, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(parse(raw)))
+    check_recipe(parse(raw), WORLD)
+
+
+@pytest.mark.parametrize("content", [b"name: [", b"\xff", b"", b"- a", b"title: a"])
+def test_an_output_folder_whose_recipe_cannot_be_read(raw, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_bytes(content)
+    assert "its recipe.yaml cannot be read" in refused(raw, tmp_path, ConfigError)
+
+
+def test_output_is_a_file_or_below_one(raw, tmp_path):
+    file = tmp_path / "train.jsonl"
+    raw["output"] = str(file)
+    assert refused(raw, tmp_path, ConfigError) == f"output = {str(file)!r}: is a file. Name a folder"
+    raw["output"] = str(file / "a" / "b")
+    assert f"lies below {file}, which is a file. Name a folder" in refused(raw, tmp_path, ConfigError)
+
+
+def test_output_cannot_be_written(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(check.os, "access", lambda path, mode: False)  # a superuser may write everywhere
+    assert f"{tmp_path} cannot be written to. Choose another folder" in refused(raw, tmp_path, ConfigError)
+
+
+# ----------------------------------------------------------------------------------------------------------- machine
+def test_cuda_without_a_gpu(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused(raw | {"device": "cuda"}, tmp_path, ConfigError)
+    assert message == "device = 'cuda': torch sees no CUDA device here. Write device: cpu, or see `megakd doctor`"
+
+
+def without(monkeypatch, module: str) -> None:
+    """Makes a package look as if it were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+
+
+def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    without(monkeypatch, "transformer_engine")
+    assert "the layers on CUDA are Transformer Engine's, which is not installed" in refused(
+        raw | {"device": "cuda"}, tmp_path, ConfigError)
+
+
+@pytest.mark.parametrize("capability, recipe, field", [
+    ((8, 0), "tensorwise", "precision.dtype = 'fp8': this GPU has compute capability 8.0; FP8 needs 8.9"),
+    ((9, 0), "mxfp8", "precision.fp8_recipe = 'mxfp8': needs Blackwell"),
+])
+def test_fp8_on_a_gpu_that_has_none(raw, tmp_path, monkeypatch, capability, recipe, field):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    asked = raw | {"device": "cuda", "precision": {"dtype": "fp8", "fp8_recipe": recipe}}
+    assert refused(asked, tmp_path, ConfigError).startswith(field)
+
+
+def test_wandb_that_is_not_installed(raw, tmp_path, monkeypatch):
+    without(monkeypatch, "wandb")
+    message = refused(raw | {"wandb": True}, tmp_path, ConfigError)
+    assert message.startswith("wandb = True: the package wandb is not installed. Run `pip install wandb`")

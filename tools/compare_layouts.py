@@ -1,0 +1,126 @@
+"""Compares the first step of a training stage in two layouts: loss, and the gradient of every Hugging Face tensor.
+
+    python tools/compare_layouts.py examples/quickstart/recipe.yaml --stage adpa \\
+        --other student.parallel.tensor=1 teacher.parallel.tensor=2 teacher.parallel.pipeline=1
+
+The stages before have to be done: the stage's own start, teachers and rollouts are read from the run's folder. Nothing
+is written there. Prints the largest relative error (norm of the difference over norm) and exits with 1 when it is above
+--limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megakd.config import TrainStage, load
+from megakd.errors import ConfigError, MegakdError
+
+
+def main() -> int:
+    """Runs both layouts on ranks of this machine and compares them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--stage", required=True, help="name of a training stage")
+    parser.add_argument("--overrides", nargs="*", default=[], help="laid over the recipe in both layouts")
+    parser.add_argument("--other", nargs="+", required=True, help="overrides that make the other layout")
+    parser.add_argument("--limit", type=float, default=1e-5)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        return worker(options.recipe, options.overrides, options.stage, options.out)
+    try:
+        processes = load(options.recipe, tuple(options.overrides)).processes
+    except MegakdError as error:
+        print(f"compare_layouts: error: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        sides = []
+        for name, extra in (("recipe", []), ("other", options.other)):
+            out = Path(folder, name)
+            out.mkdir()
+            start(options, [*options.overrides, *extra], processes, out)
+            sides.append(gather(out))
+    return report(sides, options)
+
+
+def start(options: argparse.Namespace, overrides: list[str], processes: int, out: Path) -> None:
+    """Runs one layout to its first gradient on `processes` ranks."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__,
+               options.recipe, "--stage", options.stage, "--other", "-", "--out", str(out)]
+    if overrides:
+        command += ["--overrides", *overrides]
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+
+
+def worker(path: str, overrides: list[str], stage_name: str, out: Path) -> int:
+    """One rank: forward and backward of the first step; writes this rank's boxes of the gradient."""
+    from megakd.mcore import runtime
+    from megakd.run import Run
+    from megakd.train import Training
+
+    recipe = load(path, tuple(overrides))
+    stages = [stage for stage in recipe.stages if stage.name == stage_name and isinstance(stage, TrainStage)]
+    if not stages:
+        raise ConfigError("--stage", stage_name, "is no training stage of the recipe", "Name a stage that trains")
+    world = runtime.start(recipe.device)
+    try:
+        run = Run(recipe, world)
+        runtime.seed(recipe.seed, run.layout("student"), world.rank)
+        training = Training(run, stages[0])
+        metrics = training.forward_backward(training.step_at(0))
+        boxes = training.trainer.gradient_boxes()
+        tensors = {str(number): values.contiguous() for number, (_, values) in enumerate(boxes)}
+        save_file(tensors, out / f"{world.rank}.safetensors")
+        where = [[piece.hf_name, piece.hf_shape, piece.hf_offset] for piece, _ in boxes]
+        (out / f"{world.rank}.json").write_text(json.dumps({"boxes": where, "metrics": metrics}))
+    finally:
+        runtime.stop()
+    return 0
+
+
+def gather(folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The metrics, and the whole gradients from all ranks' boxes (replicas hold the same ones)."""
+    whole: dict[str, torch.Tensor] = {}
+    metrics: dict[str, float] = {}
+    for listing in sorted(folder.glob("*.json")):
+        told = json.loads(listing.read_text())
+        metrics = told["metrics"]
+        tensors = load_file(listing.with_suffix(".safetensors"))
+        for number, (name, shape, offset) in enumerate(told["boxes"]):
+            values = tensors[str(number)]
+            target = whole.setdefault(name, torch.full(shape, float("nan")))
+            target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return metrics, whole
+
+
+def report(sides: list[tuple[dict[str, float], dict[str, torch.Tensor]]], options: argparse.Namespace) -> int:
+    """Prints the comparison; returns the exit status."""
+    (metrics, one), (other_metrics, two) = sides
+    if one.keys() != two.keys():
+        print("the layouts have gradients of different tensors:", sorted(one.keys() ^ two.keys()))
+        return 1
+    errors = {name: float((one[name] - two[name]).norm() / one[name].norm()) for name in one}
+    worst = max(errors, key=errors.get)
+    figures = {"stage": options.stage, "other": options.other, "tensors": len(errors), "loss": metrics["loss"],
+               "loss_other": other_metrics["loss"], "worst_relative_error": errors[worst], "worst_tensor": worst}
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    # A NaN is above any limit.
+    return 0 if errors[worst] <= options.limit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
