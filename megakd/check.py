@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -21,8 +22,9 @@ from megakd.hf.directory import tensor_files
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Piece, check_layout, pieces, stage_shards
 from megakd.log import require_loggers
-from megakd.manifest import MANIFEST, require_room
+from megakd.manifest import MANIFEST, Manifest, differences, made_otherwise, require_room
 from megakd.objectives import build_objective
+from megakd.provenance import stage_config
 
 BYTES_PER_PARAMETER = 4
 """Models and checkpoints are written in float32."""
@@ -30,7 +32,7 @@ CHECKPOINT_COPIES = 3 * 2
 """Master weights and two moments; the new checkpoint is complete before the old one goes."""
 
 
-def check_recipe(recipe: Recipe, world: int) -> None:
+def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = ()) -> None:
     """Checks a recipe against its files and the number of ranks.
 
     Raises:
@@ -40,6 +42,7 @@ def check_recipe(recipe: Recipe, world: int) -> None:
     check_backend(recipe)
     require_loggers(wandb=recipe.wandb, tensorboard=False)
     check_output(recipe)
+    check_finished_stages(recipe, redo)
     check_models(recipe)
     check_rows(recipe)
     check_room(recipe)
@@ -89,6 +92,19 @@ def check_output(recipe: Recipe) -> None:
     if name != recipe.name:
         rule = f"holds a run of the recipe {name!r}, this one is {recipe.name!r}"
         raise ConfigError("output", str(recipe.output), rule, "Choose another folder")
+
+
+def check_finished_stages(recipe: Recipe, redo: Sequence[str]) -> None:
+    """Refuses a folder whose finished stages were made with other settings (their inputs are compared when they run)."""
+    for stage in recipe.stages:
+        folder = recipe.output / "stages" / stage.name
+        manifest = None if stage.name in redo or stage.kind == "report" else Manifest.read(folder)
+        if manifest is None:
+            continue
+        changes = differences({"kind": manifest.kind, "config": manifest.config},
+                              {"kind": stage.kind, "config": stage_config(recipe, stage)})
+        if changes:
+            raise made_otherwise(folder, stage.name, changes)
 
 
 def directory_behind(recipe: Recipe, model: str) -> Path:

@@ -19,7 +19,13 @@ USAGE_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: something that the user can mend, printed in one line)."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    # Overrides may stand behind options, where argparse of Python 3.11 does not look for them.
+    options, rest = top.parse_known_args(arguments)
+    if options.command == "run" and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
     set_up_logging(quiet=rank not in (None, 0))
     try:
@@ -64,7 +70,7 @@ def run_command(options: argparse.Namespace) -> int:
     # Imported late: a mistake in the recipe is told before torch is loaded.
     from megakd.check import check_recipe
 
-    check_recipe(recipe, world)
+    check_recipe(recipe, world, redo=options.redo)
     if options.check:
         print(f"{options.recipe}: can run on {world} ranks")
         return 0

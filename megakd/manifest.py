@@ -13,7 +13,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ def require_room(path: Path | str, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         rule = f"{what} need {_size(needed)}, and its disk has {_size(free)} free"
-        raise ConfigError("output folder", str(path), rule, "Free some room or choose a folder on another disk")
+        raise ConfigError("output", str(path), rule, "Free some room or choose a folder on another disk")
 
 
 def _size(count: int) -> str:
@@ -241,8 +241,13 @@ def finished_stage(folder: Path | str, *, stage: str, kind: str, config: Mapping
         return manifest
     changes = differences({"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs},
                           {"kind": kind, "config": config, "inputs": inputs})
-    raise ConfigError(f"stage {stage}", str(folder), "was made with other settings:\n  " + "\n  ".join(changes) + "\n",
-                      f"Choose another output folder, or make it again with `--redo {stage}`")
+    raise made_otherwise(folder, stage, changes)
+
+
+def made_otherwise(folder: Path | str, stage: str, changes: Sequence[str]) -> ConfigError:
+    """The refusal of a finished stage whose settings or inputs are no longer the recipe's."""
+    return ConfigError(f"stages.{stage}", str(folder), f"was made with other settings ({'; '.join(changes)})",
+                       f"Choose another output folder, or make it again with `--redo {stage}`")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -12,25 +12,20 @@ import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megakd.comm import broadcast_json
-from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, dump
+from megakd.config import AnyStage, Recipe, dump
 from megakd.errors import MegakdError
-from megakd.manifest import Manifest, finished_stage, hash_path, stage_fingerprint, versions, write_text_atomic
+from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions, write_text_atomic
 from megakd.mcore import runtime
-from megakd.objectives import build_objective
-from megakd.run import ROLLOUTS, Run
+from megakd.provenance import stage_config, stage_inputs
+from megakd.run import Run
 from megakd.stages import run_stage
 
 logger = logging.getLogger("megakd")
-
-HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
-"""Settings of a stage that its result does not depend on."""
-
 
 def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """Runs a recipe's stages on this rank (all ranks call it): those that are not done, or just those in `only`.
@@ -104,41 +99,3 @@ def _sizes(run: Run, role: str) -> dict[str, int]:
 def _say(run: Run, text: str) -> None:
     if run.is_root:
         logger.info(text)
-
-
-# -------------------------------------------------------------------------------------------- what a stage depends on
-def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
-    """The settings that the stage's result depends on, as plain values."""
-    config = stage.model_dump(mode="json", exclude=HOW_NOT_WHAT)
-    if isinstance(stage, TrainStage | GenerateStage | EvalStage):
-        data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
-        config |= {"seed": recipe.seed, "precision": recipe.precision.model_dump(mode="json"), "data": data}
-    return config
-
-
-def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
-    """What the stage reads: name -> hash of the content. Reads the files."""
-    paths: dict[str, Path] = {}
-    match stage:
-        case TrainStage():
-            paths["init"] = recipe.path_of_model(stage.init)
-            for role in build_objective(stage.objective).requires.teachers:
-                paths[role] = recipe.path_of_model(recipe.role(role).model)
-            paths |= _numbered("train", recipe.data.train)
-            if stage.rollouts is not None:
-                paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
-        case GenerateStage():
-            paths["model"] = recipe.path_of_model(stage.model)
-            paths |= _numbered("train", recipe.data.train)
-        case EvalStage():
-            paths |= {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}
-            paths |= {role: recipe.path_of_model(recipe.role(role).model) for role in ("teacher", "reference")}
-            paths |= _numbered("eval", recipe.data.eval)
-        case ExportStage():
-            paths["model"] = recipe.path_of_model(stage.model)
-    return {name: hash_path(path) for name, path in paths.items()}
-
-
-def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:
-    return {f"{name}.{number}": path for number, path in enumerate(paths)}
-

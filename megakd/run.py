@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megakd.batch import Batch, Kind, Step
+from megakd.check import tokenizer_of
 from megakd.config import Recipe, Role
 from megakd.data.dataset import read_rows
 from megakd.data.readers import PreferenceRow
-from megakd.data.tokenizers import Tokenizer, load_tokenizer
+from megakd.data.tokenizers import Tokenizer
 from megakd.hf.exporter import ExportTarget, export_model
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
@@ -23,8 +24,6 @@ from megakd.mcore.model import Model, build_model, freeze
 from megakd.mcore.runtime import World
 from megakd.teacher.online import OnlineTeacher
 
-ROLLOUTS = "rollouts.jsonl"
-"""Name of a generate stage's file."""
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,9 +39,8 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's one tokenizer: that of the reference model, which exists from the start."""
-        return load_tokenizer(self.recipe.path_of_model(self.recipe.reference.model),
-                              chat_template=self.recipe.data.chat_template)
+        """The run's one tokenizer, which all its models share."""
+        return tokenizer_of(self.recipe)
 
     @cached_property
     def train_rows(self) -> list[PreferenceRow]:

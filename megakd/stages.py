@@ -20,10 +20,11 @@ from megakd.data.files import atomic_writer
 from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
 from megakd.manifest import hash_path, write_json_atomic
 from megakd.mcore.model import freeze
+from megakd.provenance import ROLLOUTS
 from megakd.report import write_report
 from megakd.rollout.engine import Prompt
 from megakd.rollout.sampling import Sampling
-from megakd.run import ROLLOUTS, Run
+from megakd.run import Run
 from megakd.train import train
 
 logger = logging.getLogger("megakd")

@@ -22,7 +22,8 @@ from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, Objective
-from megakd.run import ROLLOUTS, Run
+from megakd.provenance import ROLLOUTS
+from megakd.run import Run
 from megakd.teacher.online import by_micro_batch
 
 

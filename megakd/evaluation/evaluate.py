@@ -62,7 +62,10 @@ class Evaluation:
         student = run.grid("student")
         self.teacher = run.load_teacher("teacher", (Kind.CHOSEN, Kind.ROLLOUT), student)
         self.reference = run.load_teacher("reference", (Kind.ROLLOUT,), student)
-        self.prompt_rows = run.eval_rows[: self.stage.prompts]
+        # A prompt that leaves no room for an answer has been refused already, or is dropped like a long pair.
+        fitting = [row for row in run.eval_rows
+                   if len(run.tokenizer.encode(row.prompt, None, close=False)[0]) < run.recipe.data.max_length]
+        self.prompt_rows = fitting[: self.stage.prompts]
 
     # ------------------------------------------------------------------------------------------------- one model
     def measure(self, model: Model) -> tuple[dict[str, float], list[str]]:

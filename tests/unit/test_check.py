@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from megakd import check, manifest
 from megakd.check import check_recipe
-from megakd.config import dump, parse
+from megakd.config import Recipe, dump, parse
 from megakd.errors import ConfigError, DataError, MegakdError, ModelError
+from megakd.provenance import stage_config
 from tests.recipes import CONTEXT, VOCABULARY, stage, tiny_recipe, tiny_rows, write_rows, write_tiny_model
 from tests.tiny_tokenizer import CHATML
 
@@ -60,8 +61,8 @@ def test_a_missing_model_directory(raw, tmp_path, field):
     node = node["models"] if section.endswith("models") else node
     node[name] = str(tmp_path / "nowhere")
     message = refused(raw, tmp_path, ConfigError)
-    assert message == (f"{field} = '{tmp_path}/nowhere': there is no such directory. Give a Hugging Face model directory, "
-                       "or run:NAME")
+    assert message == (f"{field} = '{tmp_path}/nowhere': there is no such directory. Give a Hugging Face model "
+                       "directory, or run:NAME")
 
 
 def test_heads_that_do_not_divide(raw, tmp_path):
@@ -232,12 +233,36 @@ def test_no_room_on_the_disk(raw, tmp_path, monkeypatch):
     assert re.search(r"4 models and 2 checkpoints need \d+\.\d MiB, and its disk has 1\.0 MiB free", message)
 
 
-def test_finished_stages_need_no_room(raw, tmp_path, monkeypatch):
+def finish(recipe: Recipe, name: str) -> None:
+    """Writes the manifest that a finished stage leaves."""
+    [made] = [made for made in recipe.stages if made.name == name]
+    folder = recipe.output / "stages" / name
+    folder.mkdir(parents=True)
+    manifest.Manifest(
+        stage=name, kind=made.kind, fingerprint="", inputs={}, config=stage_config(recipe, made), versions={}, layout={},
+        ranks=WORLD, started="", finished="", seconds=0.0, tokens=0, metrics={},
+    ).write(folder)
+
+
+def test_finished_stages_need_no_room(raw, monkeypatch):
+    recipe = parse(raw)
     for name in ("dpo", "dckd", "adpa", "export"):
-        (tmp_path / "run" / "stages" / name).mkdir(parents=True)
-        (tmp_path / "run" / "stages" / name / manifest.MANIFEST).write_text("{}")
-    usage = shutil.disk_usage(tmp_path)
+        finish(recipe, name)
+    usage = shutil.disk_usage(recipe.output)
     monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**10))
+    check_recipe(recipe, WORLD)
+
+
+def test_a_finished_stage_with_other_settings(raw):
+    finish(parse(raw), "dckd")
+    stage(raw, "dckd")["objective"]["alpha"] = 0.7
+    changed = parse(raw)
+    with pytest.raises(ConfigError, match=r"stages\.dckd = .*objective\.alpha: 0\.2 -> 0\.7.*--redo dckd"):
+        check_recipe(changed, WORLD)
+    check_recipe(changed, WORLD, redo=["dckd"])
+    # How a stage is computed may change.
+    raw["student"]["parallel"] = {}
+    stage(raw, "dckd")["objective"]["alpha"] = 0.2
     check_recipe(parse(raw), WORLD)
 
 

@@ -50,14 +50,13 @@ def test_run_starts_the_ranks_once_all_is_well(recipe):
 
 
 OVERRIDES = ("processes=4", "reference.micro_batch=1")
-NOT_YET = pytest.mark.xfail(raises=SystemExit, strict=True, reason="argparse of Python 3.11 takes no overrides here")
 
 
 @pytest.mark.parametrize("order", [
     ("--check", "recipe", *OVERRIDES),
     ("recipe", *OVERRIDES, "--check"),
-    pytest.param(("recipe", "--check", *OVERRIDES), marks=NOT_YET),
-    pytest.param(("recipe", OVERRIDES[0], "--check", OVERRIDES[1]), marks=NOT_YET),
+    pytest.param(("recipe", "--check", *OVERRIDES)),
+    pytest.param(("recipe", OVERRIDES[0], "--check", OVERRIDES[1])),
 ])
 def test_overrides_may_stand_before_and_behind_options(recipe, capsys, order):
     assert main(["run", *(str(recipe) if word == "recipe" else word for word in order)]) == 0

@@ -1,6 +1,5 @@
 """Filling a chunk's parameters from a directory: values, how much is read, and what is refused."""
 
-import json
 import math
 import os
 from pathlib import Path

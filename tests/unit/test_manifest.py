@@ -110,7 +110,7 @@ def test_killed_writer_leaves_no_directory_and_the_next_one_cleans_up(tmp_path):
 
 def test_room_is_asked_of_the_nearest_existing_folder(tmp_path):
     m.require_room(tmp_path / "not" / "yet", 1, "one byte")
-    message = r"output folder = .*not/yet.*3 models need 1073741824.0 GiB, and its disk has [\d.]+ [GM]iB free"
+    message = r"output = .*not/yet.*3 models need 1073741824.0 GiB, and its disk has [\d.]+ [GM]iB free"
     with pytest.raises(ConfigError, match=message):
         m.require_room(tmp_path / "not" / "yet", 2**60, "3 models")
 
