@@ -1,7 +1,7 @@
 """Training checkpoints that any layout can read: boxes of Hugging Face tensors in safetensors files, no pickle.
 
-A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: the boxes of the master weights and
-of Adam's moments (float32) that it saves, and the states of its random generators. The file's header says which box of
+A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: its share of the master weights
+and of Adam's moments (float32) in boxes, and the states of its random generators. The file's header says which box of
 which Hugging Face tensor each tensor is. Rank 0 writes `checkpoint.json` with the step, the layout and the facts. A
 parameter's moments have its shape, so the table that imports and exports weights (`megakd.hf.pieces`) describes them
 too, and a checkpoint can be read into any tensor x pipeline x data layout.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
     for name, value in facts.items():
         if name not in information["facts"] or information["facts"][name] != value:
             written = f"{name} = {information['facts'][name]!r}" if name in information["facts"] else f"no {name}"
-            raise ModelError(f"{path}: was written with {written}, this run has {value!r}. "
-                             "Choose another output folder, or remove the checkpoint to start the stage anew")
+            raise ModelError(f"{path}: was written with {written}, this run has {value!r}. Choose another output "
+                             "folder, or remove the checkpoint to start the stage anew")
     step, layout = information["step"], information["layout"]
     index = _Index(path, layout["world"])
     trainer.prepare_states(information["adam_step"])
@@ -154,7 +155,7 @@ def _owned_pieces(trainer: Trainer) -> Iterator[tuple[str, Piece, dict[str, Tens
         pieces = trainer.model.pieces_of(chunk)
         for number, (name, parameter) in enumerate(trainer.model.parameters_of(chunk).items()):
             writer = number % size
-            whole = {state: torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device) for state in STATES}
+            whole = {state: torch.zeros_like(parameter, dtype=torch.float32).view(-1) for state in STATES}
             if (owned := trainer.slice_of(parameter)) is not None:
                 for state, values in trainer.states_of(parameter).items():
                     whole[state][owned] = values
@@ -163,9 +164,10 @@ def _owned_pieces(trainer: Trainer) -> Iterator[tuple[str, Piece, dict[str, Tens
                     dist.reduce(tensor, group=group, group_dst=writer)
             if me != writer:
                 continue
+            states = {state: tensor.view(parameter.shape) for state, tensor in whole.items()}
             for count, piece in enumerate(pieces):
                 if piece.parameter == name and piece.primary:
-                    yield f"{chunk}.{name}.{count}", piece, {state: t.view(parameter.shape) for state, t in whole.items()}
+                    yield f"{chunk}.{name}.{count}", piece, states
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -232,18 +234,18 @@ class _Index:
     def __init__(self, path: Path, world: int):
         self.path = path
         self.files: dict[Path, safe_open] = {}
-        self.boxes: dict[tuple[str, str], list[_Box]] = {}
+        self.boxes: defaultdict[tuple[str, str], list[_Box]] = defaultdict(list)
         for rank in range(world):
             file = path / _file_of(rank)
             for entry in json.loads(self._open(file).metadata()["boxes"]):
                 box = _Box(file, entry["key"], tuple(entry["offset"]), tuple(entry["size"]))
-                self.boxes.setdefault((entry["tensor"], entry["state"]), []).append(box)
+                self.boxes[entry["tensor"], entry["state"]].append(box)
 
     def read(self, piece: Piece, state: str) -> Tensor:
         """The values of a piece's box, float32, in its Hugging Face shape."""
         wanted = torch.empty(piece.hf_size, dtype=torch.float32)
         covered = 0
-        for box in self.boxes[piece.hf_name, state] if (piece.hf_name, state) in self.boxes else []:
+        for box in self.boxes[piece.hf_name, state]:
             low = [max(a, b) for a, b in zip(piece.hf_offset, box.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in
                     zip(piece.hf_offset, piece.hf_size, box.offset, box.size, strict=True)]
@@ -261,7 +263,8 @@ class _Index:
     def random_states(self, rank: int) -> dict[str, Tensor]:
         """The states of the generators that a rank saved, by name."""
         file = self._open(self.path / _file_of(rank))
-        return {key.removeprefix(_RANDOM): file.get_tensor(key) for key in file.keys() if key.startswith(_RANDOM)}
+        keys = [key for key in file.keys() if key.startswith(_RANDOM)]  # noqa: SIM118 (a file is not iterable)
+        return {key.removeprefix(_RANDOM): file.get_tensor(key) for key in keys}
 
     def _open(self, file: Path) -> safe_open:
         if file not in self.files:

@@ -200,11 +200,11 @@ def _mark_sharded(chunk: HiddenGPT) -> None:
     The gradient's norm, by which it is clipped, counts every other parameter on the first tensor rank alone.
     """
     for module in chunk.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-            # An output layer that is tied to an embedding in the same chunk has no weight of its own.
-            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-                axis = 1 if isinstance(module, RowParallelLinear) else 0
-                set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+        # An output layer that is tied to an embedding in the same chunk has no weight of its own.
+        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if sharded and module.weight is not None:
+            axis = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def freeze(model: Model) -> Model:

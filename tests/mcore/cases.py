@@ -26,6 +26,7 @@ from megakd.objectives.base import LossContext
 from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 CPU = torch.device("cpu")
+FP32 = Precision()
 
 Box = tuple[str, tuple[int, ...], torch.Tensor]
 """Part of a Hugging Face tensor: its name, where the part begins, its values."""
@@ -45,11 +46,12 @@ def grid(tensor: int, pipeline: int) -> Grid:
     return make_grid(layout)
 
 
-def build(directory: str, parallel: Parallel, precision: Precision = Precision()) -> Model:
+def build(directory: str, parallel: Parallel, precision: Precision = FP32) -> Model:
     """A model under a layout."""
     path = Path(directory)
     world()
-    return build_model(path, Architecture.read(path), parallel, precision, grid(parallel.tensor, parallel.pipeline), CPU)
+    architecture = Architecture.read(path)
+    return build_model(path, architecture, parallel, precision, grid(parallel.tensor, parallel.pipeline), CPU)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Distillation:
     learning_rate: float = 1e-2
     warmup: float = 0.0
     weight_decay: float = 0.0
-    precision: Precision = Precision()
+    precision: Precision = FP32
 
 
 class Job:
@@ -98,7 +100,8 @@ class Job:
         start = number * case.global_batch % len(case.groups)
         step = Step(case.groups[start : start + case.global_batch])
         micro_batch = case.micro_batches["student"]
-        signals = {role: teacher.signals(step, student.grid, micro_batch, pad_id=0) for role, teacher in self.teachers.items()}
+        signals = {role: teacher.signals(step, student.grid, micro_batch, pad_id=0)
+                   for role, teacher in self.teachers.items()}
         table = step.table(student.grid.layout.data, micro_batch)
         batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=CPU)
         context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, chunk_tokens=16)

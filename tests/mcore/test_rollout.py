@@ -1,8 +1,9 @@
-"""The rollout engine on real megatron-core models: against transformers, and the same over layouts."""
+"""The rollout engine on real megatron-core models: against transformers, and the same over layouts.
+
+`test_parity.py` has a model of real size.
+"""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -102,16 +103,3 @@ def test_replicas_share_the_prompts_out(directory):
         4, _generate, directory, Parallel(tensor=2, pad_heads=True), prompts, SAMPLED, 2)
     assert first == first_too and second == second_too
     _assert_equal(sorted(first + second, key=lambda rollout: (rollout.sample_id, rollout.index)), whole)
-
-
-@pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ, reason="MEGAKD_TEST_MODEL names no model directory")
-def test_a_real_model_answers_as_in_transformers():
-    directory = os.environ["MEGAKD_TEST_MODEL"]
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(directory)
-    texts = ["The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return"]
-    prompts = [Prompt(number, tuple(tokenizer(text)["input_ids"])) for number, text in enumerate(texts)]
-    expected = _transformers_greedy(directory, prompts, GREEDY)
-    rollouts = run_ranks(2, _generate, directory, Parallel(tensor=2, pad_heads=True), prompts, GREEDY, 2)[0]
-    for rollout, (tokens, log_probs) in zip(rollouts, expected, strict=True):
-        assert list(rollout.tokens) == tokens
-        torch.testing.assert_close(torch.tensor(rollout.log_probs), torch.tensor(log_probs), atol=1e-3, rtol=1e-3)

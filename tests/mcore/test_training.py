@@ -1,4 +1,4 @@
-"""Several optimizer steps: the same curve in every layout, a gradient without regard to micro-batches, inert padding."""
+"""Several optimizer steps: the same curve in every layout, a gradient whatever the micro-batches, inert padding."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from tests.mcore.tiny import make_groups, make_llama
 from tests.ranks import run_ranks
 
 ADPA = AdpaObjective(gamma=1.5, beta=0.8)
+WHOLE = Parallel()
 TP2 = Parallel(tensor=2, pad_heads=True)
 PP2 = Parallel(pipeline=2)
 LAYOUTS = {
     # name: (world, student, teacher, reference, micro-batches)
-    "tp2 | pp2 | dp2": (2, TP2, PP2, Parallel(), (2, 1, 4)),
-    "dp2": (2, Parallel(), Parallel(), Parallel(), (2, 2, 2)),
+    "tp2 | pp2 | dp2": (2, TP2, PP2, WHOLE, (2, 1, 4)),
+    "dp2": (2, WHOLE, WHOLE, WHOLE, (2, 2, 2)),
     "pp2": (2, PP2, PP2, PP2, (2, 4, 8)),
     "tp2 sp": (2, Parallel(tensor=2, pad_heads=True, sequence=True), TP2, TP2, (4, 8, 2)),
     "pp2 vpp2 dp2 | tp4 | dp4": (
-        4, Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=4), Parallel(), (1, 2, 1)),
-    "tp2 pp2": (4, Parallel(tensor=2, pipeline=2, pad_heads=True), Parallel(), PP2, (2, 2, 4)),
+        4, Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=4), WHOLE, (1, 2, 1)),
+    "tp2 pp2": (4, Parallel(tensor=2, pipeline=2, pad_heads=True), WHOLE, PP2, (2, 2, 4)),
 }
 
 
@@ -43,12 +44,12 @@ def untied(tmp_path_factory) -> dict[str, str]:
     return {"student": str(make_llama(tmp_path_factory.mktemp("models") / "untied", seed=4, tied=False))}
 
 
-def distillation(directories, student=Parallel(), teacher=Parallel(), reference=Parallel(), micro_batches=(4, 2, 8),
+def distillation(directories, student=WHOLE, teacher=WHOLE, reference=WHOLE, micro_batches=(4, 2, 8),
                  **changes) -> Distillation:
     """An ADPA training of 5 steps of 8 groups."""
     groups = tuple(make_groups(24, (Kind.CHOSEN, Kind.ROLLOUT), seed=5))
     parallels = {"student": student, "teacher": teacher, "reference": reference}
-    settings = dict(global_batch=8, steps=5, warmup=0.4, weight_decay=0.1)
+    settings = {"global_batch": 8, "steps": 5, "warmup": 0.4, "weight_decay": 0.1}
     return Distillation(directories, parallels, dict(zip(parallels, micro_batches, strict=True)), ADPA, groups,
                         **(settings | changes))
 
@@ -88,7 +89,7 @@ def test_the_learning_rate_rises_and_falls_without_a_wasted_step(one_process):
 
 def test_a_training_of_one_step_trains(untied):
     groups = tuple(make_groups(4, (Kind.CHOSEN,)))
-    case = Distillation(untied, {"student": Parallel()}, {"student": 4}, SftObjective(), groups, 4, steps=1)
+    case = Distillation(untied, {"student": WHOLE}, {"student": 4}, SftObjective(), groups, 4, steps=1)
     assert run_ranks(1, curve, case)[0][0]["lr"] > 0
 
 
@@ -107,7 +108,7 @@ def _step_with_infinite_gradient(case: Distillation) -> tuple[str, bool]:
     return "the step was taken", False
 
 
-@pytest.mark.parametrize("parallel", [Parallel(), Parallel(pipeline=2)], ids=["dp2", "pp2"])
+@pytest.mark.parametrize("parallel", [WHOLE, Parallel(pipeline=2)], ids=["dp2", "pp2"])
 def test_a_step_with_a_gradient_that_is_not_finite_is_refused_on_all_ranks(untied, parallel):
     groups = tuple(make_groups(4, (Kind.CHOSEN,)))
     case = Distillation(untied, {"student": parallel}, {"student": 2}, SftObjective(), groups, 4, steps=2)
@@ -157,7 +158,7 @@ EMPTY = {
 def test_micro_batches_without_tokens_of_a_kind(directories, empty, layout):
     method, which = EMPTY[empty]
     groups = _emptied(make_groups(8, KINDS[method]), which)
-    world, *roles, _ = LAYOUTS[layout] if layout else (1, Parallel(), Parallel(), Parallel(), None)
+    world, *roles, _ = LAYOUTS[layout] if layout else (1, WHOLE, WHOLE, WHOLE, None)
     parallels = dict(zip(("student", "teacher", "reference"), roles, strict=True))
     case = Distillation(directories, parallels, dict.fromkeys(parallels, 1), OBJECTIVES[method], groups, 8)
     loss, expected = naive_gradients(directories, method, groups)
