@@ -32,8 +32,10 @@ class Sample:
 
     def __post_init__(self):
         if not 1 <= self.prompt_length <= len(self.tokens):
-            raise ValueError(f"a prompt of {self.prompt_length} tokens in a sequence of {len(self.tokens)}: the first "
-                             "response token needs a token before it")
+            raise ValueError(
+                f"a prompt of {self.prompt_length} tokens in a sequence of {len(self.tokens)}: the first "
+                "response token needs a token before it"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def number_samples(groups: Sequence[Group]) -> list[range]:
     starts = [0]
     for group in groups:
         starts.append(starts[-1] + len(group.samples))
-    return [range(start, stop) for start, stop in zip(starts, starts[1:])]
+    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
 
 
 def split_step(lengths: Sequence[int], data: int, micro_batch: int) -> list[list[list[int]]]:
@@ -150,8 +152,11 @@ def collate(
         at_least: smallest S before that rounding.
         device: where the tensors go.
     """
-    flat = [(sample, number, ids[i]) for number, (group, ids) in enumerate(zip(groups, sample_ids, strict=True))
-            for i, sample in enumerate(group.samples)]
+    flat = [
+        (sample, number, ids[i])
+        for number, (group, ids) in enumerate(zip(groups, sample_ids, strict=True))
+        for i, sample in enumerate(group.samples)
+    ]
     longest = max(at_least, *(len(sample.tokens) for sample, _, _ in flat))
     width = -(-longest // multiple) * multiple
     tokens_BS = torch.full((len(flat), width), pad_id, dtype=torch.int64)
@@ -206,17 +211,32 @@ class Step:
         """`split_step` of this step's groups for a role with `data` replicas."""
         return split_step([group.length for group in self.groups], data, micro_batch)
 
-    def batches(self, micro_batches: Sequence[Sequence[int]], *, pad_id: int, padding: Padding,
-                device: torch.device | str, kinds: Sequence[Kind] = tuple(Kind)) -> list[Batch]:
+    def batches(
+        self,
+        micro_batches: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        padding: Padding,
+        device: torch.device | str,
+        kinds: Sequence[Kind] = tuple(Kind),
+    ) -> list[Batch]:
         """The micro-batches of one replica, given as its row of `table`; sequences of other kinds are left out."""
         groups, sample_ids = [], []
         for group, numbers in zip(self.groups, self.sample_ids, strict=True):
-            kept = [(sample, number) for sample, number in zip(group.samples, numbers, strict=True) if sample.kind in kinds]
+            kept = [
+                (sample, number) for sample, number in zip(group.samples, numbers, strict=True) if sample.kind in kinds
+            ]
             groups.append(Group(group.key, tuple(sample for sample, _ in kept)))
             sample_ids.append([number for _, number in kept])
         at_least = max(group.length for group in groups) if padding.uniform else 1
         return [
-            collate([groups[number] for number in numbers], [sample_ids[number] for number in numbers],
-                    pad_id=pad_id, multiple=padding.multiple, at_least=at_least, device=device)
+            collate(
+                [groups[number] for number in numbers],
+                [sample_ids[number] for number in numbers],
+                pad_id=pad_id,
+                multiple=padding.multiple,
+                at_least=at_least,
+                device=device,
+            )
             for numbers in micro_batches
         ]

@@ -54,21 +54,34 @@ def check_backend(recipe: Recipe) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("device", "cuda", "torch sees no CUDA device here",
-                              "Write device: cpu, or see `megakd doctor`")
+            raise ConfigError(
+                "device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`"
+            )
         if importlib.util.find_spec("transformer_engine") is None:
-            raise ConfigError("device", "cuda", "the layers on CUDA are Transformer Engine's, which is not installed",
-                              "Install megakd[gpu], or write device: cpu")
+            raise ConfigError(
+                "device",
+                "cuda",
+                "the layers on CUDA are Transformer Engine's, which is not installed",
+                "Install megakd[gpu], or write device: cpu",
+            )
     if recipe.precision.dtype == "fp8":
         import torch
 
         capability = torch.cuda.get_device_capability()
         if capability < (8, 9):
-            raise ConfigError("precision.dtype", "fp8", f"this GPU has compute capability {capability[0]}."
-                              f"{capability[1]}; FP8 needs 8.9 (Ada) or later", "Write precision: bf16")
+            raise ConfigError(
+                "precision.dtype",
+                "fp8",
+                f"this GPU has compute capability {capability[0]}.{capability[1]}; FP8 needs 8.9 (Ada) or later",
+                "Write precision: bf16",
+            )
         if recipe.precision.fp8_recipe == "mxfp8" and capability < (10, 0):
-            raise ConfigError("precision.fp8_recipe", "mxfp8", "needs Blackwell (compute capability 10.0)",
-                              "Write tensorwise or blockwise")
+            raise ConfigError(
+                "precision.fp8_recipe",
+                "mxfp8",
+                "needs Blackwell (compute capability 10.0)",
+                "Write tensorwise or blockwise",
+            )
 
 
 def check_output(recipe: Recipe) -> None:
@@ -95,22 +108,27 @@ def check_output(recipe: Recipe) -> None:
 
 
 def check_finished_stages(recipe: Recipe, redo: Sequence[str]) -> None:
-    """Refuses a folder whose finished stages were made with other settings (their inputs are compared when they run)."""
+    """Refuses a folder whose finished stages were made with other settings (inputs are compared when they run)."""
     for stage in recipe.stages:
         folder = recipe.output / "stages" / stage.name
         manifest = None if stage.name in redo or stage.kind == "report" else Manifest.read(folder)
         if manifest is None:
             continue
-        changes = differences({"kind": manifest.kind, "config": manifest.config},
-                              {"kind": stage.kind, "config": stage_config(recipe, stage)})
+        changes = differences(
+            {"kind": manifest.kind, "config": manifest.config},
+            {"kind": stage.kind, "config": stage_config(recipe, stage)},
+        )
         if changes:
             raise made_otherwise(folder, stage.name, changes)
 
 
 def directory_behind(recipe: Recipe, model: str) -> Path:
     """The existing directory that a model starts from: itself, or what the stages that make `run:NAME` began with."""
-    makers = {stage.save_as: stage.init if isinstance(stage, TrainStage) else stage.model
-              for stage in recipe.stages if isinstance(stage, TrainStage | ExportStage)}
+    makers = {
+        stage.save_as: stage.init if isinstance(stage, TrainStage) else stage.model
+        for stage in recipe.stages
+        if isinstance(stage, TrainStage | ExportStage)
+    }
     while model.startswith(MODEL_OF_RUN):
         model = makers[model.removeprefix(MODEL_OF_RUN)]  # `config.parse` has seen that each is made
     return Path(model)
@@ -150,8 +168,12 @@ def check_models(recipe: Recipe) -> None:
         architecture, cut = architectures[directory], recipe.role(role).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, role)
         if recipe.data.max_length > architecture.max_positions:
-            raise ConfigError("data.max_length", recipe.data.max_length, f"{directory} has a context of "
-                              f"{architecture.max_positions} tokens", f"Use at most {architecture.max_positions}")
+            raise ConfigError(
+                "data.max_length",
+                recipe.data.max_length,
+                f"{directory} has a context of {architecture.max_positions} tokens",
+                f"Use at most {architecture.max_positions}",
+            )
     check_vocabularies(recipe, architectures)
 
 
@@ -173,11 +195,15 @@ def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) 
     for directory in others:
         other = architectures[directory].vocab_size
         if other != size:
-            raise ModelError(f"{first} and {directory} have vocabularies of {size} and {other} tokens (vocab_size in "
-                             "config.json). Losses over the vocabulary need the same: pad or cut the embeddings of one")
+            raise ModelError(
+                f"{first} and {directory} have vocabularies of {size} and {other} tokens (vocab_size in "
+                "config.json). Losses over the vocabulary need the same: pad or cut the embeddings of one"
+            )
     if own.vocab_size > size:
-        raise ModelError(f"{first}: the tokenizer has {own.vocab_size} tokens, the models' heads {size}. Use the "
-                         "tokenizer that the models were trained with")
+        raise ModelError(
+            f"{first}: the tokenizer has {own.vocab_size} tokens, the models' heads {size}. Use the "
+            "tokenizer that the models were trained with"
+        )
 
 
 def tokenizer_of(recipe: Recipe) -> Tokenizer:
@@ -204,8 +230,9 @@ def check_rows(recipe: Recipe) -> None:
             groups = preference_groups(rows, tokenizer, kinds, **limits)
             if stage.global_batch > len(groups):
                 rule = f"the data give {len(groups)} groups, fewer than one step takes"
-                raise ConfigError(f"stages.{stage.name}.global_batch", stage.global_batch, rule,
-                                  "Lower it, or give more rows")
+                raise ConfigError(
+                    f"stages.{stage.name}.global_batch", stage.global_batch, rule, "Lower it, or give more rows"
+                )
         if generates:
             prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
     if evals:

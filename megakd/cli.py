@@ -43,11 +43,20 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe's stages; those that are done are skipped")
     run.add_argument("recipe", help="path of a recipe.yaml")
-    run.add_argument("overrides", nargs="*", metavar="key.key=value", help="settings laid over the recipe, e.g. "
-                     "student.parallel.tensor=2 or stages.adpa.steps=20")
+    run.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.key=value",
+        help="settings laid over the recipe, e.g. student.parallel.tensor=2 or stages.adpa.steps=20",
+    )
     run.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)")
-    run.add_argument("--redo", action="append", default=[], metavar="NAME", help="forget this stage's result and make it "
-                     "again (may be repeated)")
+    run.add_argument(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="forget this stage's result and make it again (may be repeated)",
+    )
     run.add_argument("--check", action="store_true", help="check everything, start nothing")
     run.set_defaults(action=run_command)
 
@@ -101,8 +110,16 @@ def start_ranks(recipe: Recipe) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # Large CPU tensors come and go every micro-batch; in huge pages they cost half the page faults (measured).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.processes}",
-               "-m", "megakd.cli", *sys.argv[1:]]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={recipe.processes}",
+        "-m",
+        "megakd.cli",
+        *sys.argv[1:],
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -15,7 +15,9 @@ def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: to
 
     Collectives: two broadcasts over `group` (length, bytes).
     """
-    data = _encode(value, device) if dist.get_rank(group) == source else torch.empty(0, dtype=torch.uint8, device=device)
+    data = (
+        _encode(value, device) if dist.get_rank(group) == source else torch.empty(0, dtype=torch.uint8, device=device)
+    )
     length = torch.tensor([data.numel()], dtype=torch.int64, device=device)
     dist.broadcast(length, group=group, group_src=source)
     if dist.get_rank(group) != source:

@@ -31,7 +31,9 @@ class Layout:
 
     def __post_init__(self):
         if self.world % self.model_ranks != 0:
-            raise ValueError(f"world {self.world} is not a multiple of tensor x pipeline x context = {self.model_ranks}")
+            raise ValueError(
+                f"world {self.world} is not a multiple of tensor x pipeline x context = {self.model_ranks}"
+            )
 
     @property
     def model_ranks(self) -> int:

@@ -77,7 +77,9 @@ class Run:
         """A model in a role's layout, filled from its directory."""
         path = self.recipe.path_of_model(model)
         parallel = self.recipe.role(role).parallel
-        return build_model(path, Architecture.read(path), parallel, self.recipe.precision, self.grid(role), self.world.device)
+        return build_model(
+            path, Architecture.read(path), parallel, self.recipe.precision, self.grid(role), self.world.device
+        )
 
     def load_teacher(self, role: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
         """A frozen teacher in its own layout, with its head cut for the student's."""
@@ -85,15 +87,22 @@ class Run:
         model = freeze(self.load_model(role, settings.model))
         head_VK = None
         if student.is_last_stage:
-            head_VK = load_head(self.recipe.path_of_model(settings.model), model.architecture, student.at.tensor,
-                                student.layout.tensor, model.dtype, self.world.device)
+            head_VK = load_head(
+                self.recipe.path_of_model(settings.model),
+                model.architecture,
+                student.at.tensor,
+                student.layout.tensor,
+                model.dtype,
+                self.world.device,
+            )
         return OnlineTeacher(model, settings.micro_batch, kinds, head_VK)
 
     def batches(self, step: Step, role: str, model: Model) -> list[Batch]:
         """This rank's micro-batches of a step for a model in the layout of `role`."""
         table = step.table(model.grid.layout.data, self.recipe.role(role).micro_batch)
-        return step.batches(table[model.grid.at.data], pad_id=self.tokenizer.pad_id, padding=model.padding,
-                            device=self.world.device)
+        return step.batches(
+            table[model.grid.at.data], pad_id=self.tokenizer.pad_id, padding=model.padding, device=self.world.device
+        )
 
     def export(self, model: Model, source: str, save_as: str, dtype: str) -> Path:
         """Writes a model as `models/<save_as>`, with the tokenizer and settings of the model `source`.
@@ -103,8 +112,13 @@ class Run:
         directory = self.recipe.output / "models" / save_as
         chunks = range(len(model.chunks))
         export_model(
-            ExportTarget(directory, self.recipe.path_of_model(source), EXPORT_DTYPES[dtype]), model.architecture, model.shards,
-            [model.parameters_of(chunk) for chunk in chunks], layout=model.grid.layout, at=model.grid.at,
-            tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD,
+            ExportTarget(directory, self.recipe.path_of_model(source), EXPORT_DTYPES[dtype]),
+            model.architecture,
+            model.shards,
+            [model.parameters_of(chunk) for chunk in chunks],
+            layout=model.grid.layout,
+            at=model.grid.at,
+            tp_group=model.grid.groups.tp,
+            barrier_group=dist.group.WORLD,
         )
         return directory

@@ -46,8 +46,9 @@ class Training:
         self.groups = training_groups(run, stage, self.objective)
         self.model = run.load_model(stage.trains, stage.init)
         kinds = self.objective.requires.teacher_kinds
-        self.teachers = {role: run.load_teacher(role, kinds[role], self.model.grid)
-                         for role in self.objective.requires.teachers}
+        self.teachers = {
+            role: run.load_teacher(role, kinds[role], self.model.grid) for role in self.objective.requires.teachers
+        }
         self.trainer = make_trainer(self.model, stage.optimizer, stage.steps)
         self.sampler = StepSampler(len(self.groups), stage.global_batch, run.recipe.seed)
 
@@ -59,12 +60,16 @@ class Training:
         """The teachers' signals, then the student's forward and backward; leaves the step's gradient in the trainer."""
         run, stage, model = self.run, self.stage, self.model
         micro_batch = run.recipe.role(stage.trains).micro_batch
-        signals = {role: teacher.signals(step, model.grid, micro_batch, pad_id=run.tokenizer.pad_id)
-                   for role, teacher in self.teachers.items()}
+        signals = {
+            role: teacher.signals(step, model.grid, micro_batch, pad_id=run.tokenizer.pad_id)
+            for role, teacher in self.teachers.items()
+        }
         batches = run.batches(step, stage.trains, model)
         context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens)
         self.trainer.zero_grad()
-        result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), self.objective, context, step.counts)
+        result = forward_backward(
+            model, batches, by_micro_batch(signals, len(batches)), self.objective, context, step.counts
+        )
         return dict(result.metrics)
 
 
@@ -86,8 +91,15 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
         start = checkpoint.load(found[0], trainer, facts, dist.group.WORLD)
     tokens = sum(training.step_at(number).all_tokens for number in range(start))
     metrics: dict[str, float] = {}
-    log = RunLog(run.folder(stage.name), rank=run.world.rank, total_steps=stage.steps, stage=stage.name, progress=True,
-                 first_step=start, wandb_project="megakd" if run.recipe.wandb else None)
+    log = RunLog(
+        run.folder(stage.name),
+        rank=run.world.rank,
+        total_steps=stage.steps,
+        stage=stage.name,
+        progress=True,
+        first_step=start,
+        wandb_project="megakd" if run.recipe.wandb else None,
+    )
     with log:
         for number in range(start, stage.steps):
             step = training.step_at(number)
@@ -110,6 +122,10 @@ def training_groups(run: Run, stage: TrainStage, objective: Objective) -> Sequen
         path = run.folder(stage.rollouts) / ROLLOUTS
         _, rollouts = read_rollouts(path, run.tokenizer, keys=[row.key for row in run.train_rows])
     return preference_groups(
-        run.train_rows, run.tokenizer, objective.requires.kinds, max_length=run.recipe.data.max_length,
-        too_long=run.recipe.data.too_long, rollouts=rollouts,
+        run.train_rows,
+        run.tokenizer,
+        objective.requires.kinds,
+        max_length=run.recipe.data.max_length,
+        too_long=run.recipe.data.too_long,
+        rollouts=rollouts,
     )

@@ -78,7 +78,7 @@ def inputs(case: Case) -> dict[str, list[torch.Tensor] | torch.Tensor]:
             if case.fused:
                 tensors[1] *= 80.0 / width
             else:
-                tensors[0] = (tensors[0] * torch.randint(0, 81, shapes[0], generator=generator))
+                tensors[0] = tensors[0] * torch.randint(0, 81, shapes[0], generator=generator)
         if case.vocab is not None:  # what stands in the padding is nobody's business
             padding = tensors[1][case.vocab :] if case.fused else tensors[0][:, case.vocab :]
             padding.fill_(float("nan"))
@@ -118,7 +118,9 @@ def run(case: Case, implementation=ours, group=None) -> dict[str, torch.Tensor]:
     assert value_T.requires_grad and value_T.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
     (value_T * data["weights_T"].to(value_T.dtype)).sum().backward()
     assert all(tensor.grad is None for tensor in teachers), "a teacher got a gradient"
-    return {"value": value_T.detach()} | {name: tensor.grad for name, tensor in zip(_names(case), student)}
+    return {"value": value_T.detach()} | {
+        name: tensor.grad for name, tensor in zip(_names(case), student, strict=False)
+    }
 
 
 def expected(case: Case) -> dict[str, torch.Tensor]:
@@ -137,7 +139,9 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
             settings = {"beta": case.beta, "temperature": case.temperature, "mu": case.mu, "vocab_size": case.vocab}
             value_T = reference.divergence(kind, *logits, **settings)
     (value_T * data["weights_T"]).sum().backward()
-    return {"value": value_T.detach()} | {name: tensor.grad for name, tensor in zip(_names(case), student)}
+    return {"value": value_T.detach()} | {
+        name: tensor.grad for name, tensor in zip(_names(case), student, strict=False)
+    }
 
 
 def check(case: Case, ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:

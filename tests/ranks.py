@@ -135,7 +135,7 @@ class _Pool:
         """One answer of each rank, in their order; raises the first failure with those that follow at once."""
         answers: dict[int, Any] = {}
         failures: list[tuple[int, str]] = []
-        waiting = dict(zip(self.pipes, range(self.world)))
+        waiting = dict(zip(self.pipes, range(self.world), strict=False))
         while waiting:
             for pipe in (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
                 rank = waiting.pop(pipe)

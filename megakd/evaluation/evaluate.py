@@ -57,14 +57,22 @@ class Evaluation:
 
     def __post_init__(self):
         run = self.run
-        self.groups = preference_groups(run.eval_rows, run.tokenizer, (Kind.CHOSEN, Kind.REJECTED),
-                                        max_length=run.recipe.data.max_length, too_long=run.recipe.data.too_long)
+        self.groups = preference_groups(
+            run.eval_rows,
+            run.tokenizer,
+            (Kind.CHOSEN, Kind.REJECTED),
+            max_length=run.recipe.data.max_length,
+            too_long=run.recipe.data.too_long,
+        )
         student = run.grid("student")
         self.teacher = run.load_teacher("teacher", (Kind.CHOSEN, Kind.ROLLOUT), student)
         self.reference = run.load_teacher("reference", (Kind.ROLLOUT,), student)
         # A prompt that leaves no room for an answer has been refused already, or is dropped like a long pair.
-        fitting = [row for row in run.eval_rows
-                   if len(run.tokenizer.encode(row.prompt, None, close=False)[0]) < run.recipe.data.max_length]
+        fitting = [
+            row
+            for row in run.eval_rows
+            if len(run.tokenizer.encode(row.prompt, None, close=False)[0]) < run.recipe.data.max_length
+        ]
         self.prompt_rows = fitting[: self.stage.prompts]
 
     # ------------------------------------------------------------------------------------------------- one model
@@ -74,8 +82,12 @@ class Evaluation:
             pairs = self._score(model, self.groups, {"teacher": self.teacher}, self._pair_values, cached=True)
             rollouts = self._answer(model)
             answers = [self.run.tokenizer.decode(rollout.tokens) for rollout in rollouts]
-            advantage = self._score(model, self._rollout_groups(rollouts),
-                                    {"teacher": self.teacher, "reference": self.reference}, self._advantage_values)
+            advantage = self._score(
+                model,
+                self._rollout_groups(rollouts),
+                {"teacher": self.teacher, "reference": self.reference},
+                self._advantage_values,
+            )
         if self.start is None:
             self.start = pairs
         metrics = self._pair_metrics(pairs)
@@ -87,7 +99,9 @@ class Evaluation:
     def _pair_metrics(self, pairs: Scores) -> dict[str, float]:
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)
         log_probs, lengths = pairs.sums["log_prob"], pairs.lengths_N
-        arrays = [tensor.tolist() for tensor in (log_probs[chosen], log_probs[rejected], lengths[chosen], lengths[rejected])]
+        arrays = [
+            tensor.tolist() for tensor in (log_probs[chosen], log_probs[rejected], lengths[chosen], lengths[rejected])
+        ]
         start = [self.start.sums["log_prob"][part].tolist() for part in (chosen, rejected)]
         simpo = reward_accuracy(*arrays)
         dpo = relative_reward_accuracy(arrays[0], arrays[1], *start)
@@ -108,23 +122,45 @@ class Evaluation:
         log_probs_T = fused_token_log_probs(student.hidden_TH, student.head_VH, positions.labels_T, **context)
         chosen_T = positions.kinds_T == Kind.CHOSEN
         kl_T = torch.zeros_like(log_probs_T)
-        kl_T[chosen_T] = fused_divergence("forward_kl", student.hidden_TH[chosen_T], student.head_VH,
-                                          teachers["teacher"].hidden_TH, teachers["teacher"].head_VH, **context)
+        kl_T[chosen_T] = fused_divergence(
+            "forward_kl",
+            student.hidden_TH[chosen_T],
+            student.head_VH,
+            teachers["teacher"].hidden_TH,
+            teachers["teacher"].head_VH,
+            **context,
+        )
         return {"log_prob": log_probs_T, "kl": kl_T}
 
-    def _advantage_values(self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch) -> dict[str, Tensor]:
+    def _advantage_values(
+        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch
+    ) -> dict[str, Tensor]:
         teacher, reference = teachers["teacher"], teachers["reference"]
-        return {"advantage": fused_expected_advantage(
-            student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH, reference.hidden_TH,
-            reference.head_VH, **self._loss_arguments())}
+        return {
+            "advantage": fused_expected_advantage(
+                student.hidden_TH,
+                student.head_VH,
+                teacher.hidden_TH,
+                teacher.head_VH,
+                reference.hidden_TH,
+                reference.head_VH,
+                **self._loss_arguments(),
+            )
+        }
 
     def _loss_arguments(self) -> dict:
         grid = self.run.grid("student")
         vocab_size = self.teacher.model.architecture.vocab_size
         return {"tp_group": grid.groups.tp, "vocab_size": vocab_size, "chunk_tokens": self.stage.chunk_tokens}
 
-    def _score(self, model: Model, groups: Sequence[Group], teachers: dict[str, OnlineTeacher], values: Scorer,
-               cached: bool = False) -> Scores:
+    def _score(
+        self,
+        model: Model,
+        groups: Sequence[Group],
+        teachers: dict[str, OnlineTeacher],
+        values: Scorer,
+        cached: bool = False,
+    ) -> Scores:
         """Runs model and teachers over `groups` and adds values up by sequence.
 
         Groups are repeated at the end to fill the roles' micro-batches; the repeated ones count nothing.
@@ -151,7 +187,9 @@ class Evaluation:
                 its_teachers = {role: outputs[number] for role, outputs in signals.items()}
                 sample_T = batch.sample_ids_B[batch.positions.rows_T]
                 for name, values_T in values(RoleOutput(hidden_TH, model.head_VH), its_teachers, batch).items():
-                    total_N = totals.setdefault(name, torch.zeros(step.samples, dtype=torch.float64, device=run.world.device))
+                    total_N = totals.setdefault(
+                        name, torch.zeros(step.samples, dtype=torch.float64, device=run.world.device)
+                    )
                     total_N.index_add_(0, sample_T, values_T.double())
         sums = {name: total[:wanted] for name, total in self._everywhere(model, totals).items()}
         lengths = [len(sample.tokens) - sample.prompt_length for group in groups for sample in group.samples]
@@ -179,10 +217,19 @@ class Evaluation:
     def _answer(self, model: Model) -> list[Rollout]:
         """The model's greedy answers to the held-out prompts, in their order, on every rank."""
         run = self.run
-        prompts = [Prompt(number, tuple(run.tokenizer.encode(row.prompt, None, close=False)[0]))
-                   for number, row in enumerate(self.prompt_rows)]
-        sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=self.stage.max_new_tokens,
-                            stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed)
+        prompts = [
+            Prompt(number, tuple(run.tokenizer.encode(row.prompt, None, close=False)[0]))
+            for number, row in enumerate(self.prompt_rows)
+        ]
+        sampling = Sampling(
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            n=1,
+            max_new_tokens=self.stage.max_new_tokens,
+            stop_ids=run.tokenizer.stop_ids,
+            seed=run.recipe.seed,
+        )
         return generate_on_replicas(run, model, prompts, sampling, self.stage.slots)
 
     def _rollout_groups(self, rollouts: Sequence[Rollout]) -> list[Group]:
@@ -193,7 +240,9 @@ class Evaluation:
         return groups
 
 
-def generate_on_replicas(run: Run, model: Model, prompts: Sequence[Prompt], sampling: Sampling, slots: int) -> list[Rollout]:
+def generate_on_replicas(
+    run: Run, model: Model, prompts: Sequence[Prompt], sampling: Sampling, slots: int
+) -> list[Rollout]:
     """Lets the data-parallel replicas of a model answer the prompts in turn.
 
     Returns:
@@ -204,12 +253,17 @@ def generate_on_replicas(run: Run, model: Model, prompts: Sequence[Prompt], samp
     grid = model.grid
     mine = prompts[grid.at.data :: grid.layout.data]
     with evaluating(model):
-        answers = generate(PipelineDecoder(model, run.recipe.data.max_length), mine, sampling, slots=slots, pad_id=run.tokenizer.pad_id)
+        answers = generate(
+            PipelineDecoder(model, run.recipe.data.max_length), mine, sampling, slots=slots, pad_id=run.tokenizer.pad_id
+        )
     plain = [[r.sample_id, r.index, r.tokens, r.log_probs, r.finish_reason] for r in answers]
     gathered = all_gather_json(plain, grid.groups.dp, run.world.device)
     order = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
-    everything = [Rollout(i, index, tuple(tokens), tuple(log_probs), reason)
-                  for part in gathered for i, index, tokens, log_probs, reason in part]
+    everything = [
+        Rollout(i, index, tuple(tokens), tuple(log_probs), reason)
+        for part in gathered
+        for i, index, tokens, log_probs, reason in part
+    ]
     return sorted(everything, key=lambda rollout: (order[rollout.sample_id], rollout.index))
 
 

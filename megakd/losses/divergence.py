@@ -48,7 +48,7 @@ class ForwardKL:
 
     def gradient(self, buffers: list[Tensor], saved_SC: Tensor, rows: slice, columns: Columns) -> Tensor:
         student_CV, teacher_CV, _ = buffers
-        for logits_CV, lse_C in zip((student_CV, teacher_CV), saved_SC):
+        for logits_CV, lse_C in zip((student_CV, teacher_CV), saved_SC, strict=False):
             logits_CV.sub_(lse_C[:, None]).exp_()
         return student_CV.sub_(teacher_CV)
 

@@ -198,15 +198,14 @@ class _FromHidden(torch.autograd.Function):
 class _ChunkLogits:
     """Logits of all models for one chunk after another, in buffers that are used again."""
 
-    def __init__(
-        self, loss: RowLoss, columns: Columns, chunk_tokens: int, scale: float, tensors: tuple[Tensor, ...]
-    ):
+    def __init__(self, loss: RowLoss, columns: Columns, chunk_tokens: int, scale: float, tensors: tuple[Tensor, ...]):
         hidden_TH = tensors[0]
         self.dtype = statistics_dtype(hidden_TH)
         self.scale = scale
         self.chunks = chunks(hidden_TH.shape[0], chunk_tokens)
         self.models = [
-            _operands(hidden, head[: columns.width], self.dtype) for hidden, head in zip(tensors[::2], tensors[1::2])
+            _operands(hidden, head[: columns.width], self.dtype)
+            for hidden, head in zip(tensors[::2], tensors[1::2], strict=False)
         ]
         shape = (min(hidden_TH.shape[0], chunk_tokens), columns.width)
         self.buffers = [
@@ -216,7 +215,7 @@ class _ChunkLogits:
     def of(self, rows: slice) -> list[Tensor]:
         """The models' logits [C, V] of the tokens `rows`, divided by the temperature, then the spare buffers."""
         buffers = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
-        for (hidden, head), out_CV in zip(self.models, buffers):
+        for (hidden, head), out_CV in zip(self.models, buffers, strict=False):
             _multiply(hidden[rows], head.t(), out_CV)
             if self.scale != 1.0:
                 out_CV.mul_(self.scale)

@@ -67,7 +67,7 @@ def akl_head_share(p_TV: Tensor, q_TV: Tensor, mu: float) -> Tensor:
     is always in it.
     """
     shares = []
-    for p_V, q_V in zip(p_TV.tolist(), q_TV.tolist()):
+    for p_V, q_V in zip(p_TV.tolist(), q_TV.tolist(), strict=False):
         order = sorted(range(len(p_V)), key=lambda token: (-p_V[token], token))
         total, head, gap = 0.0, 0.0, 0.0
         for place, token in enumerate(order):

@@ -113,7 +113,7 @@ def row_sums(sums: list[Tensor], columns: Columns) -> Tensor:
 def subtract_maxima(logits: list[Tensor], columns: Columns) -> Tensor:
     """Shifts logits in place so that each row's maximum over all ranks is 0, and returns the maxima [R, C]."""
     maxima_RC = row_maxima(logits, columns)
-    for logits_CV, maxima_C in zip(logits, maxima_RC):
+    for logits_CV, maxima_C in zip(logits, maxima_RC, strict=False):
         logits_CV.sub_(maxima_C[:, None])
     return maxima_RC
 
@@ -200,7 +200,7 @@ def _load(
 ) -> list[Tensor]:
     """Copies a chunk's real columns into the scratch, scaled and clamped."""
     buffers = [buffer[: rows.stop - rows.start] for buffer in scratch]
-    for logits_TV, buffer_CV in zip(logits, buffers):
+    for logits_TV, buffer_CV in zip(logits, buffers, strict=False):
         buffer_CV.copy_(logits_TV[rows, : columns.width]).clamp_(min=LOWEST_LOGIT)
         if scale != 1.0:
             buffer_CV.mul_(scale)

@@ -65,8 +65,15 @@ class CachedAttention(nn.Module):
 class CachedTEAttention(nn.Module):
     """Transformer Engine's attention for training and scoring, and the cache's for rollouts."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
-                 attention_type: str, pg_collection: ProcessGroupCollection, **options: object):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection,
+        **options: object,
+    ):
         super().__init__()
         # Importable only where Transformer Engine is; `check_precision` has made sure of that.
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -75,11 +82,17 @@ class CachedTEAttention(nn.Module):
         self.cache: KVCache | None = None
         self.cache_layer = 0
         self.inner = TEDotProductAttention(
-            config=config, layer_number=layer_number, attn_mask_type=attn_mask_type, attention_type=attention_type,
-            pg_collection=pg_collection, **options,
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type=attention_type,
+            pg_collection=pg_collection,
+            **options,
         )
 
-    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(
+        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: object, **kwargs: object
+    ) -> Tensor:
         """-> context [S, B, N*D] in the query's dtype."""
         if self.cache is not None:
             return self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD).flatten(2)
@@ -124,5 +137,4 @@ def attention_of(layer: TransformerLayer) -> CachedAttention | CachedTEAttention
     return layer.self_attention.core_attention
 
 
-__all__ = ["CachedAttention", "CachedTEAttention", "RMSNorm", "attention_of", "local_block",
-           "transformer_engine_block"]
+__all__ = ["CachedAttention", "CachedTEAttention", "RMSNorm", "attention_of", "local_block", "transformer_engine_block"]

@@ -1,4 +1,4 @@
-"""A role's model on this rank: megatron-core GPT chunks that end at the final norm, filled from a Hugging Face directory.
+"""A role's model on this rank: megatron-core GPT chunks that end at the final norm, filled from Hugging Face files.
 
 Legend: B sequences, S positions, H hidden width, V local vocabulary columns.
 """
@@ -103,8 +103,9 @@ def unwrap(chunk: nn.Module) -> HiddenGPT:
     return chunk
 
 
-def transformer_config(architecture: Architecture, parallel: Parallel, precision: Precision, device: torch.device
-                       ) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, parallel: Parallel, precision: Precision, device: torch.device
+) -> TransformerConfig:
     """megatron-core's configuration of an architecture under a layout and precision."""
     kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
     dtype = TORCH_DTYPES[precision.dtype]
@@ -155,8 +156,14 @@ def transformer_config(architecture: Architecture, parallel: Parallel, precision
     )
 
 
-def build_model(directory: Path, architecture: Architecture, parallel: Parallel, precision: Precision, grid: Grid,
-                device: torch.device) -> Model:
+def build_model(
+    directory: Path,
+    architecture: Architecture,
+    parallel: Parallel,
+    precision: Precision,
+    grid: Grid,
+    device: torch.device,
+) -> Model:
     """Builds this rank's chunks of a model and fills them from a Hugging Face directory.
 
     Each rank reads only what it holds. No collective but the one that megatron-core makes for tied embeddings.
@@ -165,8 +172,13 @@ def build_model(directory: Path, architecture: Architecture, parallel: Parallel,
     # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
     spec = "te" if device.type == "cuda" else "local"
     shards = stage_shards(
-        architecture, tensor_rank=grid.at.tensor, tensor_size=parallel.tensor, pipeline_rank=grid.at.pipeline,
-        pipeline_size=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline, spec=spec,
+        architecture,
+        tensor_rank=grid.at.tensor,
+        tensor_size=parallel.tensor,
+        pipeline_rank=grid.at.pipeline,
+        pipeline_size=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        spec=spec,
     )
     chunks = []
     for virtual, shard in enumerate(shards):
@@ -238,8 +250,12 @@ class PipelineDecoder:
     def __init__(self, model: Model, longest: int):
         """`longest` bounds prompt and answer together, besides the model's own context."""
         if model.config.sequence_parallel:
-            raise ConfigError("parallel.sequence", True, "rollouts decode one token at a time, which cannot be cut "
-                              "along the sequence", "Leave sequence parallelism off for the model that generates")
+            raise ConfigError(
+                "parallel.sequence",
+                True,
+                "rollouts decode one token at a time, which cannot be cut along the sequence",
+                "Leave sequence parallelism off for the model that generates",
+            )
         self.model = model
         self.tp_group = model.grid.groups.tp
         self.pp_group = model.grid.groups.pp
@@ -259,8 +275,13 @@ class PipelineDecoder:
         layers = sum(shard.layers for shard in self.model.shards)
         device = next(self.model.chunks[0].parameters()).device
         return KVCache(
-            layers, slots, max_length, config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels,
-            dtype=self.model.dtype, device=device,
+            layers,
+            slots,
+            max_length,
+            config.num_query_groups // config.tensor_model_parallel_size,
+            config.kv_channels,
+            dtype=self.model.dtype,
+            device=device,
         )
 
     @torch.no_grad()

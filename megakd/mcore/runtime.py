@@ -34,7 +34,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # `device="cuda"`: pipeline_parallel/schedules.py (token counts), optimizer/clip_grads.py, optimizer.py (found_inf).
+        # `device="cuda"`: schedules.py (token counts), clip_grads.py, optimizer.py (found_inf).
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
@@ -77,7 +77,9 @@ def enable_cpu() -> None:
 def check_device(device: str) -> None:
     """Refuses `device: cuda` where torch sees none. Raises ConfigError; makes no process group."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`")
+        raise ConfigError(
+            "device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`"
+        )
 
 
 def start(device: str, *, timeout: timedelta = timedelta(minutes=30)) -> World:

@@ -72,8 +72,14 @@ class StepResult:
     metrics: Mapping[str, float]
 
 
-def forward_backward(model: Model, batches: Sequence[Batch], teachers: Sequence[Mapping[str, RoleOutput]] | None,
-                     objective: Objective, context: LossContext, counts: Mapping[str, int]) -> StepResult:
+def forward_backward(
+    model: Model,
+    batches: Sequence[Batch],
+    teachers: Sequence[Mapping[str, RoleOutput]] | None,
+    objective: Objective,
+    context: LossContext,
+    counts: Mapping[str, int],
+) -> StepResult:
     """Forward and backward of one step; the gradients are complete and divided when it returns.
 
     Args:
@@ -143,7 +149,9 @@ def _reduce_reports(model: Model, reports: Sequence[Mapping[str, Tensor]]) -> di
     return dict(zip(names, totals.tolist(), strict=True))
 
 
-def _run_schedule(model: Model, forward_step, items: Sequence, *, forward_only: bool, collect_non_loss_data: bool) -> list:
+def _run_schedule(
+    model: Model, forward_step, items: Sequence, *, forward_only: bool, collect_non_loss_data: bool
+) -> list:
     """megatron-core's schedule for the model's layout: none, 1F1B or interleaved."""
     layout = model.grid.layout
     virtual = len(model.chunks)
@@ -163,4 +171,3 @@ def _run_schedule(model: Model, forward_step, items: Sequence, *, forward_only: 
         p2p_communicator=P2PCommunicator(model.grid.groups.pp, model.config) if layout.pipeline > 1 else None,
         pg_collection=model.grid.groups,
     )
-

@@ -27,8 +27,14 @@ FIGURES = ("kl_to_teacher", "expected_advantage", "reward_accuracy", "nll_chosen
 def start(recipe: Path, *overrides: str) -> subprocess.Popen:
     """`megakd run` in processes of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "megakd.cli", "run", str(recipe), *overrides], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "megakd.cli", "run", str(recipe), *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run(recipe: Path, *overrides: str) -> str:
@@ -104,8 +110,14 @@ def test_a_second_run_redoes_nothing_but_the_report(finished):
 def test_another_layout_gives_the_same_curves(finished, tmp_path):
     raw, recipe = finished
     other = tmp_path / "other"
-    run(recipe, f"output={other}", "student.parallel.tensor=1", "teacher.parallel.tensor=2", "teacher.parallel.pipeline=1",
-        "teacher.parallel.pad_heads=true")
+    run(
+        recipe,
+        f"output={other}",
+        "student.parallel.tensor=1",
+        "teacher.parallel.tensor=2",
+        "teacher.parallel.pipeline=1",
+        "teacher.parallel.pad_heads=true",
+    )
     for name in TRAINED:
         assert curve(other, name) == pytest.approx(curve(Path(raw["output"]), name), rel=1e-3)
     # Until the student's own answers differ by a rounding, everything before is equal far more closely.
@@ -151,7 +163,9 @@ def test_killed_in_the_middle_of_each_stage(finished, tmp_path):
             assert torch.equal(values, undisturbed[tensor]), f"{name}: {tensor}"
     assert "already done" in output
     assert not list(folder.rglob("*partial*"))
-    assert json.loads((folder / "summary.json").read_text()) == json.loads((Path(raw["output"]) / "summary.json").read_text())
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(
+        (Path(raw["output"]) / "summary.json").read_text()
+    )
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished):

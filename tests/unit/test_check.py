@@ -61,8 +61,9 @@ def test_a_missing_model_directory(raw, tmp_path, field):
     node = node["models"] if section.endswith("models") else node
     node[name] = str(tmp_path / "nowhere")
     message = refused(raw, tmp_path, ConfigError)
-    assert message == (f"{field} = '{tmp_path}/nowhere': there is no such directory. Give a Hugging Face model "
-                       "directory, or run:NAME")
+    assert message == (
+        f"{field} = '{tmp_path}/nowhere': there is no such directory. Give a Hugging Face model directory, or run:NAME"
+    )
 
 
 def test_heads_that_do_not_divide(raw, tmp_path):
@@ -78,8 +79,9 @@ def test_layers_that_do_not_divide(raw, tmp_path):
     raw["teacher"]["parallel"] = {"pipeline": 3}
     raw["student"]["parallel"], raw["reference"]["parallel"] = {"tensor": 3}, {"tensor": 3}
     message = refused(raw, tmp_path, ConfigError, world=3)
-    assert message == ("teacher.parallel.pipeline = 3: the model's 4 layers must be a multiple of it. Use one of 1, 2, "
-                       "4")
+    assert message == (
+        "teacher.parallel.pipeline = 3: the model's 4 layers must be a multiple of it. Use one of 1, 2, 4"
+    )
 
 
 def test_a_model_is_checked_in_the_layout_that_it_runs_in(raw, tmp_path):
@@ -115,8 +117,10 @@ def test_a_model_with_too_few_weights(raw, tmp_path):
     config = tmp_path / "student_start" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     message = refused(raw, tmp_path, ModelError)
-    assert message == (f"{tmp_path}/student_start: its files lack model.layers.2.input_layernorm.weight and 8 more "
-                       "tensors. Give a directory with the whole model")
+    assert message == (
+        f"{tmp_path}/student_start: its files lack model.layers.2.input_layernorm.weight and 8 more "
+        "tensors. Give a directory with the whole model"
+    )
 
 
 def test_an_evaluated_model_is_checked_too(raw, tmp_path):
@@ -130,8 +134,9 @@ def test_tokenizers_that_differ_in_a_token(raw, tmp_path):
     file = tmp_path / "student_start" / "tokenizer.json"
     file.write_text(file.read_text().replace('"<|eot|>"', '"<|over|>"'))
     message = refused(raw, tmp_path, ModelError)
-    assert message.startswith(f"{tmp_path}/reference and {tmp_path}/student_start have different tokenizers: "
-                              "id 6 is '<|eot|>' and '<|over|>'")
+    assert message.startswith(
+        f"{tmp_path}/reference and {tmp_path}/student_start have different tokenizers: id 6 is '<|eot|>' and '<|over|>'"
+    )
 
 
 def test_tokenizers_that_differ_in_the_chat_template(raw, tmp_path):
@@ -163,8 +168,10 @@ def test_a_missing_chat_template(raw, tmp_path):
 def test_a_length_beyond_the_context(raw, tmp_path):
     raw["data"]["max_length"] = CONTEXT + 1
     message = refused(raw, tmp_path, ConfigError)
-    assert message == (f"data.max_length = {CONTEXT + 1}: {tmp_path}/reference has a context of {CONTEXT} tokens. Use "
-                       f"at most {CONTEXT}")
+    assert message == (
+        f"data.max_length = {CONTEXT + 1}: {tmp_path}/reference has a context of {CONTEXT} tokens. Use "
+        f"at most {CONTEXT}"
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
@@ -212,8 +219,11 @@ def test_a_sequence_that_is_too_long(raw, tmp_path, name):
     rows[6]["chosen"] = "no! " * 200
     write_rows(tmp_path / f"{name}.jsonl", rows)
     message = refused(raw, tmp_path, DataError)
-    assert re.search(rf"{name}\.jsonl:7: field 'chosen': \d+ tokens \(prompt \d+, response \d+\), more than max_length "
-                     r"96. Raise max_length to \d+ or more, or set too_long to drop", message)
+    assert re.search(
+        rf"{name}\.jsonl:7: field 'chosen': \d+ tokens \(prompt \d+, response \d+\), more than max_length "
+        r"96. Raise max_length to \d+ or more, or set too_long to drop",
+        message,
+    )
     raw["data"]["too_long"] = "drop"
     check_recipe(parse(raw), WORLD)
 
@@ -239,8 +249,19 @@ def finish(recipe: Recipe, name: str) -> None:
     folder = recipe.output / "stages" / name
     folder.mkdir(parents=True)
     manifest.Manifest(
-        stage=name, kind=made.kind, fingerprint="", inputs={}, config=stage_config(recipe, made), versions={}, layout={},
-        ranks=WORLD, started="", finished="", seconds=0.0, tokens=0, metrics={},
+        stage=name,
+        kind=made.kind,
+        fingerprint="",
+        inputs={},
+        config=stage_config(recipe, made),
+        versions={},
+        layout={},
+        ranks=WORLD,
+        started="",
+        finished="",
+        seconds=0.0,
+        tokens=0,
+        metrics={},
     ).write(folder)
 
 
@@ -317,13 +338,17 @@ def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     without(monkeypatch, "transformer_engine")
     assert "the layers on CUDA are Transformer Engine's, which is not installed" in refused(
-        raw | {"device": "cuda"}, tmp_path, ConfigError)
+        raw | {"device": "cuda"}, tmp_path, ConfigError
+    )
 
 
-@pytest.mark.parametrize("capability, recipe, field", [
-    ((8, 0), "tensorwise", "precision.dtype = 'fp8': this GPU has compute capability 8.0; FP8 needs 8.9"),
-    ((9, 0), "mxfp8", "precision.fp8_recipe = 'mxfp8': needs Blackwell"),
-])
+@pytest.mark.parametrize(
+    "capability, recipe, field",
+    [
+        ((8, 0), "tensorwise", "precision.dtype = 'fp8': this GPU has compute capability 8.0; FP8 needs 8.9"),
+        ((9, 0), "mxfp8", "precision.fp8_recipe = 'mxfp8': needs Blackwell"),
+    ],
+)
 def test_fp8_on_a_gpu_that_has_none(raw, tmp_path, monkeypatch, capability, recipe, field):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

@@ -269,7 +269,7 @@ def test_all_real_preference_files_parse():
     files = sorted(Path(os.environ["MEGAKD_DATA"]).glob("pref_*.jsonl.gz"))
     assert files
     read = read_preferences_counted(files)
-    lines = sum(gzip.open(file, "rb").read().count(b"\n") for file in files)
+    lines = sum(gzip.open(file, "rb").read().count(b"\n") for file in files)  # noqa: SIM115
     assert read.read == lines == len(read.rows) + read.identical
     for file in sorted(Path(os.environ["MEGAKD_DATA"]).glob("inst_*.jsonl.gz")):
         assert read_preferences(file, require=("prompt", "reference"))

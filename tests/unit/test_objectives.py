@@ -100,7 +100,7 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
             add("expected_advantage", mean.sum() / counts[Kind.ROLLOUT])
             backward(sample, number, -config.gamma / counts[Kind.ROLLOUT] * q * (a - mean))
     if name == "dpo":
-        for chosen, rejected in zip(samples[::2], samples[1::2]):
+        for chosen, rejected in zip(samples[::2], samples[1::2], strict=False):
             scores = []
             for sample, number, _ in (chosen, rejected):
                 labels = one_hot(sample)
@@ -169,7 +169,7 @@ def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
 def compare(found, right, tolerance: float) -> None:
     assert found[0] == pytest.approx(right[0], rel=tolerance)
     assert found[1] == pytest.approx(right[1], rel=tolerance)
-    for ours, exact in zip(found[2:], right[2:]):
+    for ours, exact in zip(found[2:], right[2:], strict=False):
         assert np.abs(ours - exact).max() <= tolerance * np.abs(exact).max()
 
 
