@@ -124,6 +124,21 @@ def test_another_layout_gives_the_same_curves(finished, tmp_path):
     assert curve(other, "dckd") == pytest.approx(curve(Path(raw["output"]), "dckd"), rel=1e-5)
 
 
+def test_the_tool_that_compares_layouts(finished, tmp_path):
+    raw, recipe = finished
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "tools/compare_layouts.py", str(recipe), "--stage", "adpa", "--json", str(figures)]
+    command.append("--other")
+    layout = ["student.parallel.tensor=1", "teacher.parallel.tensor=2", "teacher.parallel.pipeline=1",
+              "teacher.parallel.pad_heads=true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *layout], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert json.loads(figures.read_text())["worst_relative_error"] < 1e-5
+    # Another objective is no other layout: the tool has to see it.
+    done = subprocess.run([*command, "stages.adpa.objective.gamma=1.6"], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 1
+
+
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL to the launcher and to every rank, at once."""
     family = [process_of for process_of in psutil.Process(process.pid).children(recursive=True)]
