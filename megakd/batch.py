@@ -1,6 +1,8 @@
 """What one micro-batch is, and how a step's sequences are cut into micro-batches.
 
-Legend: B sequences of a micro-batch, S padded length, T loss positions of the micro-batch (row-major over B, then S).
+A micro-batch is packed: its sequences lie one after the other in one row of tokens, and none is padded to the longest.
+
+Legend: B sequences of a micro-batch, P packed positions, T loss positions of the micro-batch (in the order of P).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -49,34 +52,41 @@ class Group:
     samples: tuple[Sample, ...]
 
     @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(len(sample.tokens) for sample in self.samples)
+    def total_length(self) -> int:
+        """Tokens of its sequences together."""
+        return sum(len(sample.tokens) for sample in self.samples)
 
 
 @dataclass(frozen=True)
 class LossPositions:
-    """The T positions of a micro-batch that have a loss, row-major over (sequence, position)."""
+    """The T positions of a micro-batch that have a loss, in the order of its sequences.
 
+    `places_T` are their places in the packed row, `rows_T` their sequences' numbers in [0, B).
+    """
+
+    places_T: Tensor
     rows_T: Tensor
-    columns_T: Tensor
     labels_T: Tensor
     kinds_T: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on one device.
+    """One micro-batch, packed, on one device.
 
-    `labels_BS[b, s]` is the token after `tokens_BS[b, s]`; `loss_mask_BS` is True where that next token belongs to the
-    response. `sample_ids_B` numbers the sequences within the step (the same numbers for every role and layout);
-    `group_ids_B` numbers the groups within the micro-batch.
+    Sequence b is at `[cu_seqlens[b], cu_seqlens[b + 1])` of the packed row. Where the row had to be filled up
+    (`Padding`) the filling is one sequence more in `cu_seqlens` (int32, B + 1 or B + 2 numbers), with no loss.
+    `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
+    to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
+    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch.
     """
 
-    tokens_BS: Tensor
-    labels_BS: Tensor
-    loss_mask_BS: Tensor
-    position_ids_BS: Tensor
+    tokens_P: Tensor
+    labels_P: Tensor
+    loss_mask_P: Tensor
+    position_ids_P: Tensor
+    cu_seqlens: Tensor
+    longest: int
     kinds_B: Tensor
     sample_ids_B: Tensor
     group_ids_B: Tensor
@@ -84,8 +94,9 @@ class Batch:
     @cached_property
     def positions(self) -> LossPositions:
         """The loss positions, in the order that every [T, ...] tensor of this micro-batch has."""
-        rows_T, columns_T = self.loss_mask_BS.nonzero(as_tuple=True)
-        return LossPositions(rows_T, columns_T, self.labels_BS[rows_T, columns_T], self.kinds_B[rows_T])
+        (places_T,) = self.loss_mask_P.nonzero(as_tuple=True)
+        rows_T = torch.searchsorted(self.cu_seqlens, places_T.int(), right=True) - 1
+        return LossPositions(places_T, rows_T, self.labels_P[places_T], self.kinds_B[rows_T])
 
     def counts(self) -> dict[str, int]:
         """The denominators that this micro-batch adds to: `tokens`, `<kind>_tokens` for each kind, and `groups`."""
@@ -103,13 +114,13 @@ def number_samples(groups: Sequence[Group]) -> list[range]:
 
 
 def split_step(lengths: Sequence[int], data: int, micro_batch: int) -> list[list[list[int]]]:
-    """Deals a step's groups out to data-parallel ranks and micro-batches.
+    """Deals a step's groups out to data-parallel ranks and micro-batches, so that all get like numbers of tokens.
 
-    Groups of like length share a micro-batch, so that little is padded; the ranks get like amounts. It is a pure
-    function of its arguments: every rank of every role computes the same table without talking.
+    Ranks wait for the slowest of them, and pipeline stages for the longest micro-batch. It is a pure function of its
+    arguments: every rank of every role computes the same table without talking.
 
     Args:
-        lengths: the length of each group of the step.
+        lengths: the tokens of each group of the step.
         data: number of data-parallel ranks; `len(lengths)` is a multiple of `data * micro_batch`.
         micro_batch: groups in a micro-batch.
 
@@ -118,19 +129,35 @@ def split_step(lengths: Sequence[int], data: int, micro_batch: int) -> list[list
     """
     if len(lengths) % (data * micro_batch) != 0:
         raise ValueError(f"{len(lengths)} groups are not a multiple of data {data} x micro_batch {micro_batch}")
+    micro_batches = _deal(lengths, len(lengths) // micro_batch)
+    totals = [sum(lengths[number] for number in numbers) for numbers in micro_batches]
+    return [[micro_batches[micro] for micro in micros] for micros in _deal(totals, data)]
+
+
+def _deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """The numbers of `lengths` in `hands` equally many parts, whose sums differ by no more than two lengths do.
+
+    Dealt in rounds from the longest down, one to each part; in each round the part that has least gets the longest.
+    """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    micro_batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
-    return [micro_batches[rank::data] for rank in range(data)]
+    parts: list[list[int]] = [[] for _ in range(hands)]
+    totals = [0] * hands
+    for start in range(0, len(order), hands):
+        poorest_first = sorted(range(hands), key=lambda hand: (totals[hand], hand))
+        for hand, number in zip(poorest_first, order[start : start + hands], strict=True):
+            parts[hand].append(number)
+            totals[hand] += lengths[number]
+    return parts
 
 
 @dataclass(frozen=True)
 class Padding:
-    """How wide a model needs its micro-batches."""
+    """What a model needs its packed rows to be filled up to."""
 
     multiple: int = 1
-    """S is a multiple of it (sequence parallelism needs the tensor size)."""
+    """P is a multiple of it (sequence parallelism needs the tensor size, FP8 its own blocks)."""
     uniform: bool = False
-    """Whether all micro-batches of a step have one width (the interleaved schedule needs it)."""
+    """Whether all micro-batches of a replica's step have one P (the interleaved schedule needs it)."""
 
 
 def collate(
@@ -142,14 +169,14 @@ def collate(
     at_least: int = 1,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Pads groups to one micro-batch.
+    """Packs groups into one micro-batch.
 
     Args:
         groups: the micro-batch's groups, G of them.
         sample_ids: for each group its sequences' numbers within the step (`number_samples`).
-        pad_id: token written on padding; it is never attended to by a real token and has no loss.
-        multiple: S is rounded up to a multiple of it.
-        at_least: smallest S before that rounding.
+        pad_id: token that the row is filled up with; no real token attends to it, and it has no loss.
+        multiple: P is rounded up to a multiple of it.
+        at_least: smallest P before that rounding.
         device: where the tensors go.
     """
     flat = [
@@ -157,21 +184,25 @@ def collate(
         for number, (group, ids) in enumerate(zip(groups, sample_ids, strict=True))
         for i, sample in enumerate(group.samples)
     ]
-    longest = max(at_least, *(len(sample.tokens) for sample, _, _ in flat))
-    width = -(-longest // multiple) * multiple
-    tokens_BS = torch.full((len(flat), width), pad_id, dtype=torch.int64)
-    labels_BS = torch.full((len(flat), width), pad_id, dtype=torch.int64)
-    loss_mask_BS = torch.zeros((len(flat), width), dtype=torch.bool)
-    for row, (sample, _, _) in enumerate(flat):
-        length = len(sample.tokens)
-        tokens_BS[row, :length] = torch.tensor(sample.tokens)
-        labels_BS[row, : length - 1] = tokens_BS[row, 1:length]
-        loss_mask_BS[row, sample.prompt_length - 1 : length - 1] = True
-    position_ids_BS = torch.arange(width).expand(len(flat), width).contiguous()
+    lengths = [len(sample.tokens) for sample, _, _ in flat]
+    real = sum(lengths)
+    width = -(-max(at_least, real) // multiple) * multiple
+    if width > real:
+        lengths.append(width - real)
+    cu_seqlens = [0, *accumulate(lengths)]
+    tokens_P = torch.full((width,), pad_id, dtype=torch.int64)
+    labels_P = torch.full((width,), pad_id, dtype=torch.int64)
+    loss_mask_P = torch.zeros(width, dtype=torch.bool)
+    for start, (sample, _, _) in zip(cu_seqlens, flat, strict=False):
+        stop = start + len(sample.tokens)
+        tokens_P[start:stop] = torch.tensor(sample.tokens)
+        labels_P[start : stop - 1] = tokens_P[start + 1 : stop]
+        loss_mask_P[start + sample.prompt_length - 1 : stop - 1] = True
+    position_ids_P = torch.cat([torch.arange(length) for length in lengths])
     integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat]]
-    kinds_B, sample_ids_B, group_ids_B = (torch.tensor(values) for values in integers)
-    tensors = (tokens_BS, labels_BS, loss_mask_BS, position_ids_BS, kinds_B, sample_ids_B, group_ids_B)
-    return Batch(*(tensor.to(device) for tensor in tensors))
+    kinds_B, sample_ids_B, group_ids_B = (torch.tensor(values, device=device) for values in integers)
+    packed = (tokens_P, labels_P, loss_mask_P, position_ids_P, torch.tensor(cu_seqlens, dtype=torch.int32))
+    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B)
 
 
 @dataclass(frozen=True)
@@ -209,7 +240,7 @@ class Step:
 
     def table(self, data: int, micro_batch: int) -> list[list[list[int]]]:
         """`split_step` of this step's groups for a role with `data` replicas."""
-        return split_step([group.length for group in self.groups], data, micro_batch)
+        return split_step([group.total_length for group in self.groups], data, micro_batch)
 
     def batches(
         self,
@@ -228,14 +259,14 @@ class Step:
             ]
             groups.append(Group(group.key, tuple(sample for sample, _ in kept)))
             sample_ids.append([number for _, number in kept])
-        at_least = max(group.length for group in groups) if padding.uniform else 1
+        longest = max(sum(groups[number].total_length for number in numbers) for numbers in micro_batches)
         return [
             collate(
                 [groups[number] for number in numbers],
                 [sample_ids[number] for number in numbers],
                 pad_id=pad_id,
                 multiple=padding.multiple,
-                at_least=at_least,
+                at_least=longest if padding.uniform else 1,
                 device=device,
             )
             for numbers in micro_batches

@@ -1,13 +1,17 @@
 """The modules that a transformer layer is built from: local ones for any device, Transformer Engine's on CUDA.
 
-Legend: S positions, B sequences, N local query heads, G local key/value groups, D head width, H hidden width.
+Legend: S positions, B sequences, N local query heads, G local key/value groups, D head width, H hidden width. Packed
+sequences are one row: S is then their tokens together, and B is 1.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -38,10 +42,10 @@ class RMSNorm(nn.Module):
 
 
 class CachedAttention(nn.Module):
-    """Causal attention that can keep keys and values.
+    """Causal attention within each sequence of a packed row, or (rollouts) with kept keys and values.
 
-    Without a cache (training, scoring) every sequence starts at position 0 and is padded on the right, so causality
-    alone hides the padding. With one (rollouts), `KVCache.attend` knows each row's own positions.
+    megatron-core's own attention for any device takes no packed sequences. In a rollout `KVCache.attend` knows each
+    row's own positions.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: object):
@@ -50,16 +54,30 @@ class CachedAttention(nn.Module):
         self.cache: KVCache | None = None
         self.cache_layer = 0
 
-    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        *_: object,
+        packed_seq_params: PackedSeqParams | None,
+        **__: object,
+    ) -> Tensor:
         """-> context [S, B, N*D] in the query's dtype. No collective: heads are local."""
         if self.cache is not None:
             context_SBND = self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD)
             return context_SBND.flatten(2)
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
-        context_BNSD = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        grouped = query_SBND.shape[2] != key_SBGD.shape[2]
+        # One call a sequence: attention's own work is theirs alone, and no mask of the whole row is ever made.
+        contexts = [
+            nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+            for query, key, value in zip(
+                *(tensor.permute(1, 2, 0, 3).split(lengths, 2) for tensor in (query_SBND, key_SBGD, value_SBGD)),
+                strict=True,
+            )
+        ]
+        return torch.cat([context_BNSD.permute(2, 0, 1, 3) for context_BNSD in contexts]).flatten(2)
 
 
 class CachedTEAttention(nn.Module):
@@ -91,12 +109,29 @@ class CachedTEAttention(nn.Module):
         )
 
     def forward(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: object, **kwargs: object
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        *args: object,
+        packed_seq_params: PackedSeqParams | None,
+        **kwargs: object,
     ) -> Tensor:
         """-> context [S, B, N*D] in the query's dtype."""
         if self.cache is not None:
             return self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD).flatten(2)
-        return self.inner(query_SBND, key_SBGD, value_SBGD, *args, **kwargs)
+        query, key, value = (tensor.squeeze(1) for tensor in (query_SBND, key_SBGD, value_SBGD))
+        packed = replace(packed_seq_params, qkv_format="thd")
+        return self.inner(query, key, value, *args, packed_seq_params=packed, **kwargs).view(len(query), 1, -1)
+
+
+def packed_sequences(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+    """megatron-core's description of a packed row (`Batch.cu_seqlens` and `Batch.longest`).
+
+    It does not say "thd": on that word megatron-core drops the batch dimension before the rotary embedding and rotates
+    sequence by sequence, where `HiddenGPT` has each position's own angles at hand. The attention alone needs to know.
+    """
+    return PackedSeqParams("sbhd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def local_block(layers: int) -> TransformerBlockSubmodules:
@@ -137,4 +172,12 @@ def attention_of(layer: TransformerLayer) -> CachedAttention | CachedTEAttention
     return layer.self_attention.core_attention
 
 
-__all__ = ["CachedAttention", "CachedTEAttention", "RMSNorm", "attention_of", "local_block", "transformer_engine_block"]
+__all__ = [
+    "CachedAttention",
+    "CachedTEAttention",
+    "RMSNorm",
+    "attention_of",
+    "local_block",
+    "packed_sequences",
+    "transformer_engine_block",
+]

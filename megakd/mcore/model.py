@@ -1,6 +1,7 @@
 """A role's model on this rank: megatron-core GPT chunks that end at the final norm, filled from Hugging Face files.
 
-Legend: B sequences, S positions, H hidden width, V local vocabulary columns.
+Legend: B rows, S positions of a row, H hidden width, V local vocabulary columns. In training and scoring there is one
+row, the packed sequences of a micro-batch; in rollouts one for each sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -39,14 +42,17 @@ FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "b
 class HiddenGPT(GPTModel):
     """A GPT chunk whose last stage returns hidden states after the final norm; megatron-core never builds logits."""
 
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, packed: PackedSeqParams | None = None) -> Tensor:
         """tokens_BS, position_ids_BS int64 -> hidden [S, B, H] (S/TP under sequence parallelism).
 
-        Chunks after the first ignore the tokens and take the tensor that `set_input_tensor` was given.
+        `packed` says where the sequences of a packed row lie; None where a cache is attached (rollouts). Chunks after
+        the first ignore the tokens and take the tensor that `set_input_tensor` was given.
         """
         hidden_SBH = self.embedding(tokens_BS, position_ids_BS) if self.pre_process else None
         rotary_SB1D = self.rotary_angles(position_ids_BS)
-        return self.decoder(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary_SB1D)
+        return self.decoder(
+            hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary_SB1D, packed_seq_params=packed
+        )
 
     def rotary_angles(self, position_ids_BS: Tensor) -> Tensor:
         """Rotation angles of each row's own positions, [S, B, 1, D] float32 (megatron-core's own assume one row)."""
@@ -77,9 +83,12 @@ class Model:
 
     @property
     def padding(self) -> Padding:
-        """How wide its micro-batches are: the tensor ranks share a sequence evenly under sequence parallelism, and the
-        interleaved schedule receives ahead of time, when it cannot ask for a micro-batch's own width."""
+        """What its packed rows are filled up to: the tensor ranks share a row evenly under sequence parallelism, FP8
+        multiplies whole blocks, and the interleaved schedule receives ahead of time, when it cannot ask for a
+        micro-batch's own size."""
         multiple = self.grid.layout.tensor if self.config.sequence_parallel else 1
+        if self.config.fp8 is not None:
+            multiple *= get_fp8_align_size(self.config.fp8_recipe)
         return Padding(multiple, uniform=len(self.chunks) > 1)
 
     @property
@@ -137,7 +146,7 @@ def transformer_config(
         perform_initialization=False,
         # The one division by the global token count: see step.py.
         calculate_per_token_loss=True,
-        # Micro-batches are padded to their own longest sequence (see `Model.padding`).
+        # Micro-batches have their own numbers of tokens (see `Model.padding`).
         variable_seq_lengths=parallel.pipeline > 1 and parallel.virtual_pipeline == 1,
         # One batch of sends between two ranks that are each other's next and previous would mix activations up with
         # gradients: without overlap the interleaved schedule is right for more than two stages only.

@@ -1,6 +1,6 @@
 """Forward and backward of one optimizer step on megatron-core's schedules, and the one place that divides a loss.
 
-Legend: B sequences, S positions, T loss positions, H hidden width, K a teacher's hidden width.
+Legend: S packed positions, B = 1 row, T loss positions, H hidden width, K a teacher's hidden width.
 
 The denominator. Every term of an objective is a sum over its own kind of thing (chosen tokens, rejected tokens,
 pairs) and is to be divided by the number of those things in the whole step. That number follows from the step's
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megakd.batch import Batch
 from megakd.comm import broadcast_json
+from megakd.mcore.layers import packed_sequences
 from megakd.mcore.model import Model
 from megakd.objectives.base import LossContext, LossTerms, Objective, RoleOutput
 
@@ -39,7 +40,13 @@ def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         hidden_SBH = gather_from_sequence_parallel_region(
             hidden_SBH, tensor_parallel_output_grad=False, group=model.grid.groups.tp
         )
-    return hidden_SBH[batch.positions.columns_T, batch.positions.rows_T]
+    return hidden_SBH[batch.positions.places_T, 0]
+
+
+def run_packed(chunk: torch.nn.Module, batch: Batch) -> Tensor:
+    """Forward of a chunk over a micro-batch, whose sequences are one packed row -> hidden [S, 1, H]."""
+    packed = packed_sequences(batch.cu_seqlens, batch.longest)
+    return chunk(batch.tokens_P[None], batch.position_ids_P[None], packed)
 
 
 def forward_hidden(model: Model, batches: Sequence[Batch]) -> list[Tensor] | None:
@@ -55,7 +62,7 @@ def forward_hidden(model: Model, batches: Sequence[Batch]) -> list[Tensor] | Non
         def collect(hidden_SBH: Tensor, non_loss_data: bool) -> Tensor:
             return select_positions(model, hidden_SBH, batch)
 
-        return chunk(batch.tokens_BS, batch.position_ids_BS), collect
+        return run_packed(chunk, batch), collect
 
     with torch.no_grad():
         outputs = _run_schedule(model, forward_step, batches, forward_only=True, collect_non_loss_data=True)
@@ -93,7 +100,7 @@ def forward_backward(
 
     def forward_step(iterator: Iterator[tuple[Batch, Mapping[str, RoleOutput]]], chunk: torch.nn.Module):
         batch, signals = next(iterator)
-        hidden_SBH = chunk(batch.tokens_BS, batch.position_ids_BS)
+        hidden_SBH = run_packed(chunk, batch)
         return hidden_SBH, partial(loss_function, batch, signals)
 
     def loss_function(batch: Batch, signals: Mapping[str, RoleOutput], hidden_SBH: Tensor):
@@ -157,15 +164,14 @@ def _run_schedule(
     virtual = len(model.chunks)
     schedule = get_forward_backward_func(layout.pipeline, virtual if virtual > 1 else None)
     first = items[0][0] if isinstance(items[0], tuple) else items[0]
-    rows, width = first.tokens_BS.shape
     iterators = [iter(items) for _ in range(virtual)]
     return schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if virtual > 1 else iterators[0],
         model=model.chunks if virtual > 1 else model.chunks[0],
         num_microbatches=len(items),
-        seq_length=width,
-        micro_batch_size=rows,
+        seq_length=len(first.tokens_P),
+        micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         p2p_communicator=P2PCommunicator(model.grid.groups.pp, model.config) if layout.pipeline > 1 else None,

@@ -59,7 +59,7 @@ def groups(tokenizer) -> tuple[Group, ...]:
     """The chosen answers of 64 rows: the shortest, for the time's sake."""
     everything = preference_groups(read_rows((DATA,), None, seed=1), tokenizer, (Kind.CHOSEN,), max_length=512,
                                    too_long="error")
-    return tuple(sorted(everything, key=lambda group: group.length)[:ROWS])
+    return tuple(sorted(everything, key=lambda group: group.total_length)[:ROWS])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakd.batch import Group, Kind, Sample, collate, number_samples
+from megakd.batch import Batch, Group, Kind, Sample, collate, number_samples
 from megakd.config import AdpaObjective, DckdObjective, DpoObjective, SftObjective
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, RoleOutput
@@ -126,6 +126,11 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------ the implementation
+def columns_of(batch: Batch) -> torch.Tensor:
+    """The position of each loss position in its own sequence."""
+    return batch.position_ids_P[batch.positions.places_T]
+
+
 def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
     """Loss, reported means, d(hidden) and this rank's rows of d(head) over micro-batches that are cut as `cut` says."""
     group = None if world == 1 else subgroup(tuple(range(world)))
@@ -146,7 +151,7 @@ def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
     def output(role, batch, kinds):
         positions = batch.positions
         wanted_T = torch.isin(positions.kinds_T, torch.tensor([int(kind) for kind in kinds]))
-        samples_T, columns_T = batch.sample_ids_B[positions.rows_T[wanted_T]], positions.columns_T[wanted_T]
+        samples_T, columns_T = batch.sample_ids_B[positions.rows_T[wanted_T]], columns_of(batch)[wanted_T]
         return RoleOutput(models[role][0][samples_T, columns_T], models[role][1])
 
     context = LossContext(group, VOCAB, chunk_tokens=7)
@@ -199,7 +204,7 @@ def test_pairs_are_matched_by_group_whatever_the_order_of_the_rows():
     batch = collate(groups, ids, pad_id=0)
     models = {role: [torch.tensor(tensor) for tensor in tensors] for role, tensors in make_models().items()}
     positions = batch.positions
-    outputs = {role: RoleOutput(hidden[batch.sample_ids_B[positions.rows_T], positions.columns_T], head)
+    outputs = {role: RoleOutput(hidden[batch.sample_ids_B[positions.rows_T], columns_of(batch)], head)
                for role, (hidden, head) in models.items()}
     result = build_objective(CONFIGS[name]).loss(outputs["student"], outputs, batch, LossContext(None, VOCAB, 64))
     assert result.terms[0].values_N.sum().item() / 4 == pytest.approx(naive(name)[1]["dpo"], rel=1e-12)
@@ -211,10 +216,10 @@ def test_a_micro_batch_without_a_term_keeps_its_graph(name):
     group = make_groups(name)[0]
     batch = collate([Group(group.key, group.samples[1:])], [[1]], pad_id=0)
     hidden, head = (torch.tensor(tensor, requires_grad=True) for tensor in make_models()["student"])
-    positions, outputs = batch.positions, {}
+    outputs = {}
     for role, tensors in make_models().items():
-        outputs[role] = RoleOutput(torch.tensor(tensors[0])[1, positions.columns_T], torch.tensor(tensors[1]))
-    student = RoleOutput(hidden[1, positions.columns_T], head)
+        outputs[role] = RoleOutput(torch.tensor(tensors[0])[1, columns_of(batch)], torch.tensor(tensors[1]))
+    student = RoleOutput(hidden[1, columns_of(batch)], head)
     result = build_objective(CONFIGS[name]).loss(student, outputs, batch, LossContext(None, VOCAB, 64))
     nll = next(term for term in result.terms if term.name == "nll")
     assert nll.values_N.shape == (0,)
