@@ -1,6 +1,6 @@
 """Writes what a finished run measured as one JSON file for benchmarks/results/.
 
-    python benchmarks/record_run.py runs/quickstart --command "make quickstart" --out benchmarks/results/quickstart/NAME.json
+    python benchmarks/record_run.py runs/quickstart --command "make quickstart" --out benchmarks/results/NAME.json
 
 Everything but the command and the note comes from the run's own manifests, metrics and summary.
 """
@@ -23,7 +23,7 @@ def main() -> int:
     """Reads the run's folder and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's output folder")
-    parser.add_argument("--command", required=True, help="what was typed, with $VARIABLES for paths outside the project")
+    parser.add_argument("--command", required=True, help="what was typed, with $VARIABLES for other paths")
     parser.add_argument("--note", default="", help="what a reader has to know, e.g. that other jobs ran beside it")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Stages, losses and held-out figures of a run, and its wall time from the first stage's start to the last's end."""
+    """Stages, losses and held-out figures of a run, and the time from the first stage's start to the last's end."""
     manifests = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("stages/*/manifest.json")]
     manifests.sort(key=lambda manifest: manifest["started"])
     stages = {}
