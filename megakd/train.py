@@ -65,11 +65,9 @@ class Training:
             for role, teacher in self.teachers.items()
         }
         batches = run.batches(step, stage.trains, model)
-        context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens)
+        context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens, step.counts)
         self.trainer.zero_grad()
-        result = forward_backward(
-            model, batches, by_micro_batch(signals, len(batches)), self.objective, context, step.counts
-        )
+        result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), self.objective, context)
         return dict(result.metrics)
 
 

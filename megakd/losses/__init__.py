@@ -2,7 +2,12 @@
 
 from megakd.losses.advantage import expected_advantage
 from megakd.losses.divergence import divergence
-from megakd.losses.fused_head import fused_divergence, fused_expected_advantage, fused_token_log_probs
+from megakd.losses.fused_head import (
+    fused_distillation,
+    fused_divergence,
+    fused_expected_advantage,
+    fused_token_log_probs,
+)
 from megakd.losses.likelihood import sequence_sums, token_log_probs
 from megakd.losses.preference import dpo, dpo_from_margins, reward_margins
 
@@ -11,6 +16,7 @@ __all__ = [
     "dpo",
     "dpo_from_margins",
     "expected_advantage",
+    "fused_distillation",
     "fused_divergence",
     "fused_expected_advantage",
     "fused_token_log_probs",

@@ -5,43 +5,52 @@ Legend: T tokens, C tokens of a chunk, V local vocabulary columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses.statistics import Columns, check_logits, logits_row_loss, row_sums, subtract_maxima
+from megakd.losses.statistics import Chunk, check_logits, logits_row_loss
 
 
+@dataclass(frozen=True)
 class ExpectedAdvantage:
-    """Row loss `sum_a Q(a) A(a)`, A = log P - log R, of student Q, teacher P and reference R.
+    """Row loss `sum_a Q(a) A(a)`, A = beta (log P - log R), of student Q, teacher P and reference R.
 
     Its gradient `Q (A - sum_a Q(a) A(a))` is the same for A plus any constant, so the backward pass takes the
     difference of the teachers' logits for A, without their normalisers.
     """
 
     roles: ClassVar[int] = 3
-    spares: ClassVar[int] = 1
+    spares: ClassVar[int] = 2
+    passes: ClassVar[int] = 1
+    reported: ClassVar[int] = 0
+    beta: float
 
-    def forward(self, buffers: list[Tensor], rows: slice, columns: Columns) -> tuple[Tensor, Tensor]:
-        student_CV, teacher_CV, reference_CV, spare_CV = buffers
-        max_C, teacher_max_C, reference_max_C = subtract_maxima(buffers[:3], columns)
-        teacher_sum_C = torch.exp(teacher_CV, out=spare_CV).sum(1)
-        reference_sum_C = torch.exp(reference_CV, out=spare_CV).sum(1)
-        sum_C = student_CV.exp_().sum(1)
-        gain_C = student_CV.mul_(teacher_CV.sub_(reference_CV)).sum(1)
-        sums_SC = row_sums([sum_C, teacher_sum_C, reference_sum_C, gain_C], columns)
+    def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
+        student_CV, teacher_CV, reference_CV = block.logits
+        spare_CV, advantage_CV = block.spares
+        max_C1, teacher_max_C1, reference_max_C1 = state_SC[:, :, None]
+        teacher_sum_C = torch.sub(teacher_CV, teacher_max_C1, out=spare_CV).exp_().sum(1)
+        reference_sum_C = torch.sub(reference_CV, reference_max_C1, out=spare_CV).exp_().sum(1)
+        torch.sub(teacher_CV, reference_CV, out=advantage_CV).add_(reference_max_C1 - teacher_max_C1)
+        exp_CV = torch.sub(student_CV, max_C1, out=spare_CV).exp_()
+        return torch.stack([exp_CV.sum(1), teacher_sum_C, reference_sum_C, advantage_CV.mul_(exp_CV).sum(1)])
+
+    def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
+        max_C, teacher_max_C, reference_max_C = state_SC
         log_sum_C, teacher_log_sum_C, reference_log_sum_C = sums_SC[:3].log()
         gain_C = sums_SC[3] / sums_SC[0]
-        saved_SC = torch.stack([max_C + log_sum_C, teacher_max_C - reference_max_C + gain_C])
-        return gain_C - teacher_log_sum_C + reference_log_sum_C, saved_SC
+        value_C = self.beta * (gain_C - teacher_log_sum_C + reference_log_sum_C)
+        return torch.stack([value_C, max_C + log_sum_C, teacher_max_C - reference_max_C + gain_C])
 
-    def gradient(self, buffers: list[Tensor], saved_SC: Tensor, rows: slice, columns: Columns) -> Tensor:
-        student_CV, teacher_CV, reference_CV, _ = buffers
+    def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
+        student_CV, teacher_CV, reference_CV = block.logits
         lse_C, mean_C = saved_SC
-        teacher_CV.sub_(reference_CV).sub_(mean_C[:, None])
-        return student_CV.sub_(lse_C[:, None]).exp_().mul_(teacher_CV)
+        teacher_CV.sub_(reference_CV).sub_(mean_C[:, None]).mul_(self.beta)
+        student_CV.sub_(lse_C[:, None]).exp_().mul_(teacher_CV)
 
 
 def expected_advantage(
@@ -76,4 +85,4 @@ def expected_advantage(
     """
     logits = {"student_TV": student_TV, "teacher_TV": teacher_TV, "reference_TV": reference_TV}
     columns = check_logits(logits, tp_group, vocab_size)
-    return beta * logits_row_loss(ExpectedAdvantage(), columns, *logits.values())
+    return logits_row_loss(ExpectedAdvantage(beta), columns, logits)

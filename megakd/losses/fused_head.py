@@ -1,32 +1,22 @@
 """The per-token losses from hidden states: LM heads are applied inside, a chunk of tokens at a time.
 
-No [T, V] tensor lives between forward and backward: the forward pass keeps up to four numbers a token, and the backward
-pass makes each chunk's logits again. Peak memory is a chunk's logits for each model, one to three spares, and the
-gradients of hidden and head.
+No [T, V] tensor lives between forward and backward. Peak memory is a chunk's logits for each model, a few rows of
+scratch (a chunk's on an accelerator), and the gradients of hidden and head; see hidden_states.py.
 
-Legend: T tokens, C tokens of a chunk, V local vocabulary columns, H student width, K teacher width, J reference width.
+Legend: T tokens, V local vocabulary columns, H student width, K teacher width, J reference width.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megakd.errors import LossInputError
 from megakd.losses.advantage import ExpectedAdvantage
+from megakd.losses.combined import WithLogProbs
 from megakd.losses.divergence import row_divergence
-from megakd.losses.likelihood import NegativeLogProb, check_labels
-from megakd.losses.statistics import (
-    Columns,
-    RowLoss,
-    check_matrix,
-    check_positive,
-    chunks,
-    local_columns,
-    statistics_dtype,
-)
+from megakd.losses.hidden_states import HeadInput, Settings, all_tokens, check_models, hidden_row_loss
+from megakd.losses.likelihood import LogProb, check_labels
 
 CHUNK_TOKENS = 256
 
@@ -36,34 +26,52 @@ def fused_token_log_probs(
     head_VH: Tensor,
     labels_T: Tensor,
     *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    recompute: bool = False,
+    sequence_parallel: bool = False,
 ) -> Tensor:
-    """`token_log_probs` of logits `hidden @ head^T`, without those logits.
+    """log softmax(logits)[label] of each token, without the whole logits.
+
+    logits = softcap(logit_scale * (hidden @ head^T + bias)) / temperature, softcap(x) = logit_softcap tanh(x /
+    logit_softcap).
 
     Args:
         hidden_TH: last hidden states at the loss positions, complete on every rank; any floating dtype.
         head_VH: local rows of the LM head.
-        labels_T: global token ids (int64), the same on all ranks.
+        labels_T: global token ids (int64) of all T tokens, the same on all ranks.
+        bias_V: local part of the head's bias.
+        logit_scale, logit_softcap, temperature: as above; the softcap is left out where it is None.
         tp_group: ranks over which V is cut; None means not cut.
-        vocab_size: real vocabulary; head rows at or above it get no probability and no gradient.
+        vocab_size: real vocabulary; columns at or above it get no probability and no gradient.
         chunk_tokens: tokens whose logits are held at a time.
+        recompute: False makes the gradient in the forward pass, the least work where the backward pass weighs all
+            tokens alike (a sum or a mean). True makes logits again in the backward pass: for a caller that weighs
+            tokens one by one, as preference losses do. The result is the same.
+        sequence_parallel: `hidden_TH` is this rank's share [T / TP, H] of the tokens; its gradient is, too.
 
     Returns:
-        logp_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank, d(head) is the local
-        rows'.
+        logp_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank (this rank's share
+        under sequence parallelism), d(head) and d(bias) are the local rows'.
 
-    Collectives: forward one MAX and one SUM all-reduce of a few numbers a token for each chunk; backward one SUM of
-    d(hidden).
+    Collectives: one MAX and one SUM all-reduce of a few numbers a token for each chunk; one SUM of each chunk's
+    d(hidden), which runs beside the next chunk's products. Under sequence parallelism one all-gather of hidden and one
+    reduce-scatter of d(hidden) instead of these.
 
     Raises:
-        LossInputError: shapes that do not match, labels out of range (on CPU tensors; a NaN value on others),
-            vocab_size beyond the head.
+        LossInputError: shapes that do not match, labels out of range or numbers that are not finite (on CPU tensors; a
+            NaN value on others), vocab_size beyond the head.
     """
-    columns = _check_models({"": (hidden_TH, head_VH)}, tp_group, vocab_size, chunk_tokens)
-    check_labels(labels_T, hidden_TH.shape[0], columns.vocab_size)
-    return -hidden_row_loss(NegativeLogProb(labels_T), columns, chunk_tokens, hidden_TH, head_VH)
+    models = [HeadInput("", hidden_TH, head_VH, bias_V, logit_scale, logit_softcap)]
+    columns = check_models(models, tp_group, vocab_size)
+    check_labels(labels_T, all_tokens(hidden_TH, columns, sequence_parallel), columns.vocab_size)
+    settings = Settings(chunk_tokens, temperature, recompute, sequence_parallel)
+    return hidden_row_loss(LogProb(labels_T), models, columns, settings)[0]
 
 
 def fused_divergence(
@@ -76,33 +84,47 @@ def fused_divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     mu: float = 0.5,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    logit_scale: float | tuple[float, ...] = 1.0,
+    logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    recompute: bool = False,
+    sequence_parallel: bool = False,
 ) -> Tensor:
-    """`divergence` of logits `hidden @ head^T`, without those logits. Only the student gets a gradient.
+    """`divergence` of logits that are made from hidden states, a chunk at a time; a gradient for the student only.
 
     Args:
         kind, beta, temperature, mu: as `divergence` has them.
         student_hidden_TH, teacher_hidden_TK: last hidden states at the loss positions, complete on every rank.
         student_head_VH, teacher_head_VK: local rows of the LM heads, cut alike.
-        tp_group, vocab_size, chunk_tokens: as `fused_token_log_probs` has them.
+        student_bias_V, teacher_bias_V: local parts of the heads' biases.
+        logit_scale, logit_softcap: of all models, or a tuple with one of each, the student's first.
+        tp_group, vocab_size, chunk_tokens, recompute, sequence_parallel: as `fused_token_log_probs` has them.
 
     Returns:
-        loss_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank, d(head) is the local
-        rows'.
+        loss_T, float32 (float64 for float64 hidden states); gradients as `fused_token_log_probs` has them.
 
-    Collectives: forward those of `divergence` for each chunk; backward one SUM all-reduce of d(hidden).
+    Collectives: those of `divergence` for each chunk, and those of `fused_token_log_probs` for d(hidden).
 
     Raises:
-        LossInputError: an unknown kind, shapes that do not match, a setting or vocab_size out of range.
+        LossInputError: an unknown kind, shapes that do not match, a setting or vocab_size out of range, numbers that
+            are not finite (on CPU tensors).
     """
     loss = row_divergence(kind, beta=beta, mu=mu)
-    check_positive("temperature", temperature)
-    models = {"student_": (student_hidden_TH, student_head_VH), "teacher_": (teacher_hidden_TK, teacher_head_VK)}
-    columns = _check_models(models, tp_group, vocab_size, chunk_tokens)
-    tensors = (student_hidden_TH, student_head_VH, teacher_hidden_TK, teacher_head_VK)
-    return hidden_row_loss(loss, columns, chunk_tokens, *tensors, temperature=temperature)
+    models = _models(
+        {
+            "student_": (student_hidden_TH, student_head_VH, student_bias_V),
+            "teacher_": (teacher_hidden_TK, teacher_head_VK, teacher_bias_V),
+        },
+        logit_scale,
+        logit_softcap,
+    )
+    columns = check_models(models, tp_group, vocab_size)
+    settings = Settings(chunk_tokens, temperature, recompute, sequence_parallel)
+    return hidden_row_loss(loss, models, columns, settings)[0]
 
 
 def fused_expected_advantage(
@@ -114,149 +136,128 @@ def fused_expected_advantage(
     reference_head_VJ: Tensor,
     *,
     beta: float = 1.0,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    reference_bias_V: Tensor | None = None,
+    logit_scale: float | tuple[float, ...] = 1.0,
+    logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    recompute: bool = False,
+    sequence_parallel: bool = False,
 ) -> Tensor:
-    """`expected_advantage` of logits `hidden @ head^T`, without those logits. Only the student gets a gradient.
+    """`expected_advantage` of logits that are made from hidden states; a gradient for the student only.
 
     Args:
         student_hidden_TH, teacher_hidden_TK, reference_hidden_TJ: last hidden states at the loss positions, complete on
             every rank.
         student_head_VH, teacher_head_VK, reference_head_VJ: local rows of the LM heads, cut alike.
         beta: scale of the advantage.
-        tp_group, vocab_size, chunk_tokens: as `fused_token_log_probs` has them.
+        student_bias_V, teacher_bias_V, reference_bias_V: local parts of the heads' biases.
+        logit_scale, logit_softcap: of all models, or a tuple with one of each, the student's first.
+        tp_group, vocab_size, chunk_tokens, recompute, sequence_parallel: as `fused_token_log_probs` has them.
 
     Returns:
-        value_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank, d(head) is the local
-        rows'.
+        value_T, float32 (float64 for float64 hidden states); gradients as `fused_token_log_probs` has them.
 
-    Collectives: forward one MAX and one SUM all-reduce of a few numbers a token for each chunk; backward one SUM of
-    d(hidden).
+    Collectives: those of `fused_token_log_probs`.
 
     Raises:
-        LossInputError: shapes that do not match, vocab_size beyond a head.
+        LossInputError: shapes that do not match, vocab_size beyond a head, numbers that are not finite (CPU tensors).
     """
-    models = {
-        "student_": (student_hidden_TH, student_head_VH),
-        "teacher_": (teacher_hidden_TK, teacher_head_VK),
-        "reference_": (reference_hidden_TJ, reference_head_VJ),
-    }
-    columns = _check_models(models, tp_group, vocab_size, chunk_tokens)
-    tensors = (tensor for model in models.values() for tensor in model)
-    return beta * hidden_row_loss(ExpectedAdvantage(), columns, chunk_tokens, *tensors)
+    models = _models(
+        {
+            "student_": (student_hidden_TH, student_head_VH, student_bias_V),
+            "teacher_": (teacher_hidden_TK, teacher_head_VK, teacher_bias_V),
+            "reference_": (reference_hidden_TJ, reference_head_VJ, reference_bias_V),
+        },
+        logit_scale,
+        logit_softcap,
+    )
+    columns = check_models(models, tp_group, vocab_size)
+    settings = Settings(chunk_tokens, 1.0, recompute, sequence_parallel)
+    return hidden_row_loss(ExpectedAdvantage(beta), models, columns, settings)[0]
 
 
-def hidden_row_loss(
-    loss: RowLoss, columns: Columns, chunk_tokens: int, *tensors: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """Values [T] of a row loss from `tensors`: hidden and head of the student, then of each teacher."""
-    return _FromHidden.apply(loss, columns, chunk_tokens, 1.0 / temperature, *tensors)
+def fused_distillation(
+    kind: str,
+    student_hidden_TH: Tensor,
+    student_head_VH: Tensor,
+    teacher_hidden_TK: Tensor,
+    teacher_head_VK: Tensor,
+    labels_T: Tensor,
+    *,
+    divergence_weights_T: Tensor,
+    log_prob_weights_T: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    mu: float = 0.5,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    logit_scale: float | tuple[float, ...] = 1.0,
+    logit_softcap: float | tuple[float | None, ...] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    sequence_parallel: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence to the teacher and log-probabilities of labels, weighted token by token, with one pass of the heads.
 
+    What KD and DCKD need: the student's head is applied once to each position though it has two terms there, and all
+    gradients are made in the forward pass though the tokens' weights differ.
 
-class _FromHidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss: RowLoss, columns: Columns, chunk_tokens: int, scale: float, *tensors: Tensor) -> Tensor:
-        logits = _ChunkLogits(loss, columns, chunk_tokens, scale, tensors)
-        values, saved = [], []
-        for rows in logits.chunks:
-            value_C, saved_SC = loss.forward(logits.of(rows), rows, columns)
-            values.append(value_C)
-            saved.append(saved_SC)
-        ctx.save_for_backward(torch.cat(saved, 1), *tensors)
-        ctx.arguments = loss, columns, chunk_tokens, scale
-        return torch.cat(values)
+    Args:
+        kind, beta, mu: as `divergence` has them.
+        temperature: of the divergence; the log-probabilities are those at temperature 1.
+        labels_T: global token ids (int64) of all T tokens, the same on all ranks.
+        divergence_weights_T, log_prob_weights_T: the tokens' weights in the loss, the same on all ranks; a term with
+            weight 0 has no gradient. To lower -log Q(label), give a negative weight.
+        The other arguments: as `fused_divergence` has them.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream_T: Tensor) -> tuple[Tensor | None, ...]:
-        saved_ST, hidden_TH, head_VH, *teachers = ctx.saved_tensors
-        loss, columns, chunk_tokens, scale = ctx.arguments
-        wants_hidden, wants_head = ctx.needs_input_grad[4:6]
-        logits = _ChunkLogits(loss, columns, chunk_tokens, scale, (hidden_TH, head_VH, *teachers))
-        grad_hidden_TH = torch.empty_like(hidden_TH, dtype=logits.dtype) if wants_hidden else None
-        grad_head_VH = torch.zeros_like(head_VH, dtype=logits.dtype) if wants_head else None
-        student_hidden_TH, student_head_VH = logits.models[0]
-        for rows in logits.chunks:
-            gradient_CV = loss.gradient(logits.of(rows), saved_ST[:, rows], rows, columns).to(student_head_VH.dtype)
-            # The rows' weights are applied on the side of H, which is narrower than V.
-            weight_C1 = (upstream_T[rows] * scale)[:, None]
-            if wants_hidden:
-                _multiply(gradient_CV, student_head_VH, grad_hidden_TH[rows]).mul_(weight_C1)
-            if wants_head:
-                weighted_CH = (student_hidden_TH[rows] * weight_C1).to(gradient_CV.dtype)
-                _multiply(gradient_CV.t(), weighted_CH, grad_head_VH[: columns.width], add=True)
-        if wants_hidden:
-            if columns.group is not None:
-                dist.all_reduce(grad_hidden_TH, group=columns.group)
-            grad_hidden_TH = grad_hidden_TH.to(hidden_TH.dtype)
-        if wants_head:
-            grad_head_VH = grad_head_VH.to(head_VH.dtype)
-        return None, None, None, None, grad_hidden_TH, grad_head_VH, *(None for _ in teachers)
+    Returns:
+        loss: sum of divergence_weights_T * divergence_T + log_prob_weights_T * logp_T, 0-d, with the gradients.
+        divergence_T, logp_T: without a gradient.
 
+    Collectives: those of `fused_divergence`.
 
-class _ChunkLogits:
-    """Logits of all models for one chunk after another, in buffers that are used again."""
-
-    def __init__(self, loss: RowLoss, columns: Columns, chunk_tokens: int, scale: float, tensors: tuple[Tensor, ...]):
-        hidden_TH = tensors[0]
-        self.dtype = statistics_dtype(hidden_TH)
-        self.scale = scale
-        self.chunks = chunks(hidden_TH.shape[0], chunk_tokens)
-        self.models = [
-            _operands(hidden, head[: columns.width], self.dtype)
-            for hidden, head in zip(tensors[::2], tensors[1::2], strict=False)
-        ]
-        shape = (min(hidden_TH.shape[0], chunk_tokens), columns.width)
-        self.buffers = [
-            torch.empty(shape, dtype=self.dtype, device=hidden_TH.device) for _ in range(loss.roles + loss.spares)
-        ]
-
-    def of(self, rows: slice) -> list[Tensor]:
-        """The models' logits [C, V] of the tokens `rows`, divided by the temperature, then the spare buffers."""
-        buffers = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
-        for (hidden, head), out_CV in zip(self.models, buffers, strict=False):
-            _multiply(hidden[rows], head.t(), out_CV)
-            if self.scale != 1.0:
-                out_CV.mul_(self.scale)
-        return buffers
-
-
-def _operands(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Hidden states and head as a matrix product takes them.
-
-    A GPU multiplies 16-bit numbers and adds up in float32, so both stay as they are there. A CPU would round the logits
-    to 16 bits, so both become `dtype` first.
+    Raises:
+        LossInputError: as `fused_divergence`, and labels or weights that do not match.
     """
-    common = torch.promote_types(hidden.dtype, head.dtype)
-    if not (hidden.is_cuda and common.itemsize == 2 and dtype == torch.float32):
-        common = dtype
-    return hidden.to(common), head.to(common)
+    models = _models(
+        {
+            "student_": (student_hidden_TH, student_head_VH, student_bias_V),
+            "teacher_": (teacher_hidden_TK, teacher_head_VK, teacher_bias_V),
+        },
+        logit_scale,
+        logit_softcap,
+    )
+    columns = check_models(models, tp_group, vocab_size)
+    tokens = all_tokens(student_hidden_TH, columns, sequence_parallel)
+    check_labels(labels_T, tokens, columns.vocab_size)
+    for name, tensor in (("divergence", divergence_weights_T), ("log_prob", log_prob_weights_T)):
+        if tensor.shape != (tokens,) or not tensor.is_floating_point():
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise LossInputError(f"{name}_weights_T is {found}: it must be one floating-point number for each token")
+    weights = divergence_weights_T.detach(), log_prob_weights_T.detach()
+    loss = WithLogProbs(row_divergence(kind, beta=beta, mu=mu), labels_T, *weights, temperature)
+    settings = Settings(chunk_tokens, temperature, False, sequence_parallel)
+    values_T, reported_ST = hidden_row_loss(loss, models, columns, settings)
+    return values_T.sum(), reported_ST[0], reported_ST[1]
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = left @ right, or out += left @ right, in out's dtype whatever the operands'. Returns out."""
-    if left.dtype == out.dtype:
-        return out.addmm_(left, right, beta=1.0 if add else 0.0)
-    product = torch.mm(left, right, out_dtype=out.dtype)
-    return out.add_(product) if add else out.copy_(product)
-
-
-def _check_models(
-    models: dict[str, tuple[Tensor, Tensor]],
-    tp_group: dist.ProcessGroup | None,
-    vocab_size: int | None,
-    chunk_tokens: int,
-) -> Columns:
-    """Checks each model's hidden states and head, by the prefix of their arguments' names; gives the rank's columns."""
-    tokens, widths = None, {}
-    for prefix, (hidden, head) in models.items():
-        check_matrix(f"{prefix}hidden", hidden, rows=tokens)
-        check_matrix(f"{prefix}head", head)
-        if hidden.shape[1] != head.shape[1]:
-            sizes = f"{prefix}hidden has width {hidden.shape[1]} and {prefix}head {head.shape[1]}"
-            raise LossInputError(f"{sizes}: they must be equal")
-        tokens, widths[f"{prefix}head"] = hidden.shape[0], head.shape[0]
-    if chunk_tokens < 1:
-        raise LossInputError(f"chunk_tokens = {chunk_tokens}: it must be at least 1")
-    return local_columns(widths, tp_group, vocab_size)
+def _models(
+    tensors: dict[str, tuple[Tensor, Tensor, Tensor | None]],
+    scale: float | tuple[float, ...],
+    softcap: float | tuple[float | None, ...] | None,
+) -> list[HeadInput]:
+    """The models by the prefixes of their arguments' names, each with its own scale and softcap."""
+    scales = scale if isinstance(scale, tuple) else (scale,) * len(tensors)
+    softcaps = softcap if isinstance(softcap, tuple) else (softcap,) * len(tensors)
+    for name, values in (("logit_scale", scales), ("logit_softcap", softcaps)):
+        if len(values) != len(tensors):
+            raise LossInputError(f"{name} has {len(values)} numbers: it must have one a model, {len(tensors)}")
+    return [
+        HeadInput(name, *model, scale, softcap)
+        for (name, model), scale, softcap in zip(tensors.items(), scales, softcaps, strict=True)
+    ]

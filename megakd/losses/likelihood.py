@@ -12,48 +12,67 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import LossInputError
-from megakd.losses.statistics import Columns, check_logits, logits_row_loss, row_sums, subtract_maxima
+from megakd.losses.statistics import Chunk, check_logits, logits_row_loss
 
 
-class NegativeLogProb:
-    """Row loss `-log Q(label)`; its gradient is `Q - 1[label]`."""
+class LogProb:
+    """Row loss `log Q(label)`; its gradient is `1[label] - Q`."""
 
     roles: ClassVar[int] = 1
-    spares: ClassVar[int] = 0
+    spares: ClassVar[int] = 1
+    passes: ClassVar[int] = 1
+    reported: ClassVar[int] = 0
 
     def __init__(self, labels_T: Tensor):
         self.labels_T = labels_T
 
-    def forward(self, buffers: list[Tensor], rows: slice, columns: Columns) -> tuple[Tensor, Tensor]:
-        (student_CV,) = buffers
-        (max_C,) = subtract_maxima(buffers, columns)
-        local_C1, owned_C = self._local_labels(rows, columns)
-        if columns.width:
-            label_C = student_CV.gather(1, local_C1)[:, 0].mul_(owned_C)
-        else:
-            label_C = torch.zeros_like(max_C)
-        sum_C, label_C = row_sums([student_CV.exp_().sum(1), label_C], columns)
+    def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
+        (student_CV,), (spare_CV,), (max_C,) = block.logits, block.spares, state_SC
+        sum_C = torch.sub(student_CV, max_C[:, None], out=spare_CV).exp_().sum(1)
+        return torch.stack([sum_C, label_logits(student_CV, max_C, self.labels_T, block)])
+
+    def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
+        sum_C, label_C = sums_SC
         log_sum_C = sum_C.log()
-        labels_C = self.labels_T[rows]
-        # No rank owns a label that is out of range. On the CPU such labels were refused before; elsewhere looking at
-        # them would wait for the device, so they make the value NaN, which the trainer's check of the loss meets.
-        outside_C = (labels_C < 0) | (labels_C >= columns.vocab_size)
-        return (log_sum_C - label_C).masked_fill_(outside_C, float("nan")), (max_C + log_sum_C)[None]
+        value_C = outside_is_nan(label_C - log_sum_C, self.labels_T, chunk)
+        return torch.stack([value_C, state_SC[0] + log_sum_C])
 
-    def gradient(self, buffers: list[Tensor], saved_SC: Tensor, rows: slice, columns: Columns) -> Tensor:
-        (student_CV,) = buffers
-        (lse_C,) = saved_SC
-        student_CV.sub_(lse_C[:, None]).exp_()
-        if columns.width:
-            local_C1, owned_C = self._local_labels(rows, columns)
-            student_CV.scatter_add_(1, local_C1, -owned_C.to(student_CV.dtype)[:, None])
-        return student_CV
+    def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
+        (student_CV,), (lse_C,) = block.logits, saved_SC
+        student_CV.sub_(lse_C[:, None]).exp_().neg_()
+        add_at_labels(student_CV, self.labels_T, block)
 
-    def _local_labels(self, rows: slice, columns: Columns) -> tuple[Tensor, Tensor]:
-        """Local column [C, 1] of each label, 0 where it is another rank's, and whether it is this rank's [C]."""
-        local_C = self.labels_T[rows] - columns.first
-        owned_C = (local_C >= 0) & (local_C < columns.width)
-        return local_C.masked_fill(~owned_C, 0)[:, None], owned_C
+
+def label_logits(student_CV: Tensor, max_C: Tensor, labels_T: Tensor, block: Chunk) -> Tensor:
+    """The labels' logits less the maxima [C], 0 where the label is another rank's."""
+    if not block.columns.width:
+        return torch.zeros_like(max_C)
+    local_C1, owned_C = _local_labels(labels_T, block)
+    return torch.where(owned_C, student_CV.gather(1, local_C1)[:, 0] - max_C, 0.0)
+
+
+def add_at_labels(gradient_CV: Tensor, labels_T: Tensor, block: Chunk) -> None:
+    """Adds 1 at each label's local column, where it is this rank's."""
+    if block.columns.width:
+        local_C1, owned_C = _local_labels(labels_T, block)
+        gradient_CV.scatter_add_(1, local_C1, owned_C.to(gradient_CV.dtype)[:, None])
+
+
+def outside_is_nan(value_C: Tensor, labels_T: Tensor, chunk: Chunk) -> Tensor:
+    """`value_C` with NaN where the label is out of range.
+
+    No rank owns such a label. On the CPU it was refused before; elsewhere looking at labels would wait for the device,
+    so the value says it, and meets the trainer's check of the loss.
+    """
+    labels_C = labels_T[chunk.rows]
+    return value_C.masked_fill((labels_C < 0) | (labels_C >= chunk.columns.vocab_size), float("nan"))
+
+
+def _local_labels(labels_T: Tensor, block: Chunk) -> tuple[Tensor, Tensor]:
+    """Local column [C, 1] of each label, 0 where it is another rank's, and whether it is this rank's [C]."""
+    local_C = labels_T[block.rows] - block.columns.first
+    owned_C = (local_C >= 0) & (local_C < block.columns.width)
+    return local_C.masked_fill(~owned_C, 0)[:, None], owned_C
 
 
 def token_log_probs(
@@ -80,9 +99,10 @@ def token_log_probs(
         LossInputError: shapes that do not match, labels out of range (on CPU tensors; a NaN value on others, see
             `check_labels`), vocab_size beyond the columns.
     """
-    columns = check_logits({"logits_TV": logits_TV}, tp_group, vocab_size)
+    logits = {"logits_TV": logits_TV}
+    columns = check_logits(logits, tp_group, vocab_size)
     check_labels(labels_T, logits_TV.shape[0], columns.vocab_size)
-    return -logits_row_loss(NegativeLogProb(labels_T), columns, logits_TV)
+    return logits_row_loss(LogProb(labels_T), columns, logits)
 
 
 def check_labels(labels_T: Tensor, tokens: int, vocab_size: int) -> None:

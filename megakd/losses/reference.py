@@ -12,6 +12,20 @@ import torch
 from torch import Tensor
 
 
+def head_logits(
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """softcap(scale * (hidden @ head^T + bias)) with softcap(x) = cap tanh(x / cap) (Gemma 2, arXiv 2408.00118)."""
+    logits_TV = hidden_TH.double() @ head_VH.double().t()
+    logits_TV = scale * (logits_TV if bias_V is None else logits_TV + bias_V.double())
+    return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+
 def log_probs(logits_TV: Tensor, *, vocab_size: int | None = None, temperature: float = 1.0) -> Tensor:
     """log softmax over the real columns, in float64."""
     return torch.log_softmax(logits_TV.double()[:, :vocab_size] / temperature, dim=1)

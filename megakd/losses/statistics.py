@@ -1,17 +1,23 @@
 """What all per-token losses share: a tensor-parallel rank's columns, reductions over them, and the logits form.
 
-A per-token loss (`RowLoss`) sees the logits of one chunk of tokens on one rank's share of the vocabulary. Its forward
-pass reduces them to a few numbers a token with one MAX and one SUM all-reduce, and saves only such numbers. Given
-these, the gradient of every loss here is local to a column, so no collective over the vocabulary is left for the
-backward pass. Plain autograd over an all-reduce gives the right value and a wrong gradient.
+A per-token loss (`RowLoss`) sees the logits of one chunk of tokens on one rank's share of the vocabulary. Its sums
+over the columns are added up over the ranks with one MAX and one SUM all-reduce (one more SUM for jsd and akl), and a
+few numbers a token are kept. Given these, the gradient of every loss here is local to a column, so no collective over
+the vocabulary is left for the backward pass. Plain autograd over an all-reduce gives the right value and a wrong
+gradient.
 
-Two autograd functions run a `RowLoss`: `logits_row_loss` here, and `hidden_row_loss` in fused_head.py.
+On a CPU a chunk is worked through in blocks of a few rows, which stay in the processor's cache from one operation to
+the next; the matrix products that make the logits want many more rows than that.
 
-Legend: T tokens, C tokens of a chunk, V local vocabulary columns, R models of a loss (student first), S statistics.
+Two autograd functions run a `RowLoss`: `logits_row_loss` here, and `hidden_row_loss` in hidden_states.py.
+
+Legend: T tokens, C tokens of a chunk, V local vocabulary columns, R models of a loss (student first), S numbers a
+token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -23,6 +29,8 @@ from torch.autograd.function import once_differentiable
 from megakd.errors import LossInputError
 
 LOGITS_CHUNK_TOKENS = 512
+BLOCK_NUMBERS = 1 << 17
+"""Elements of a block on a CPU: the half a megabyte of each operand fits a core's second-level cache (measured)."""
 LOWEST_LOGIT = -1e3
 """Logits given as tensors count as this where they are lower (-inf included): exp is exactly 0 at it and differences
 stay finite, so that no 0 * inf or inf - inf arises where a model rules a token out."""
@@ -33,30 +41,103 @@ class Columns:
     """The real vocabulary columns of one rank: global columns `first` to `first + width`.
 
     Columns at or above `vocab_size` are tensor-parallel padding. They are at the end of the last ranks' shares and
-    are simply cut off, so nothing that stands in them matters; `width` may be 0.
+    are simply cut off, so nothing that stands in them matters; `width` may be 0. `head_rows` counts the student's local
+    columns with the padding.
     """
 
     group: dist.ProcessGroup | None
     first: int
     width: int
     vocab_size: int
+    head_rows: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens' local logits of all models [C, V] each, and scratch of at least the size of a block.
+
+    `rows` are the tokens' places in T.
+    """
+
+    logits: list[Tensor]
+    spares: list[Tensor]
+    rows: slice
+    columns: Columns
+
+    def blocks(self) -> Iterator[tuple[slice, Chunk]]:
+        """Runs of rows that are worked on together, with their places in C."""
+        tokens = self.rows.stop - self.rows.start
+        size = block_rows(self.columns.width, self.logits[0].device)
+        for start in range(0, max(tokens, 1), size):
+            part = slice(start, min(start + size, tokens))
+            spares = [spare[: part.stop - part.start] for spare in self.spares]
+            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+            yield part, Chunk([logits[part] for logits in self.logits], spares, rows, self.columns)
 
 
 class RowLoss(Protocol):
-    """A loss of one value a token. Buffers are scratch that a method may overwrite; rows is the chunk's slice of T."""
+    """A loss of one value a token.
+
+    Its numbers a token (`state_SC`) are the models' maxima at first. In each pass every rank sums over its own columns
+    (`local_sums`, block by block), the sums are added up over ranks, and `combine` makes new numbers of them. After the
+    last pass the first row of the state is the value, and the others are what `gradient` needs: the first of those is
+    the logarithm of the student's sum of exponentials, the last `reported` ones are of interest to the caller.
+    """
 
     roles: ClassVar[int]
     """Number R of models whose logits it takes, the student first."""
     spares: ClassVar[int]
-    """Number of further buffers of the logits' shape that it needs."""
+    """Number of scratch tensors that a block needs."""
+    passes: ClassVar[int]
+    """Number of SUM all-reduces a chunk."""
+    reported: ClassVar[int]
+    """Number of further values a token, at the end of the state, that the caller is told."""
 
-    def forward(self, buffers: list[Tensor], rows: slice, columns: Columns) -> tuple[Tensor, Tensor]:
-        """From R logits [C, V] and the spares to value_C and saved_SC."""
+    def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
+        """Sums [S, C] of pass `number` over the local columns. The logits are only read; scratch may be written."""
         ...
 
-    def gradient(self, buffers: list[Tensor], saved_SC: Tensor, rows: slice, columns: Columns) -> Tensor:
-        """From fresh R logits [C, V] and the spares to d value_C / d student logits [C, V], in one of the buffers."""
+    def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
+        """The next state, from sums over all columns."""
         ...
+
+    def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
+        """Writes d value_C / d student logits over the student's logits; `saved_SC` is the last state but its first
+        row. The other models' logits and the scratch may be written too."""
+        ...
+
+
+def evaluate(loss: RowLoss, chunk: Chunk) -> Tensor:
+    """The last state [S, C] of a chunk: value first. Collectives: one MAX, and one SUM for each pass."""
+    state_SC = row_maxima(chunk)
+    for number in range(loss.passes):
+        local = [loss.local_sums(number, block, state_SC[:, part]) for part, block in chunk.blocks()]
+        state_SC = loss.combine(number, state_SC, sum_over_ranks(torch.cat(local, 1), chunk.columns), chunk)
+    return state_SC
+
+
+def row_maxima(chunk: Chunk) -> Tensor:
+    """Maxima of each row over all ranks, stacked [R, C]. One MAX all-reduce."""
+    tokens = chunk.rows.stop - chunk.rows.start
+    if chunk.columns.width:
+        maxima_RC = torch.stack([logits_CV.amax(1) for logits_CV in chunk.logits])
+    else:
+        maxima_RC = chunk.logits[0].new_full((len(chunk.logits), tokens), float("-inf"))
+    if chunk.columns.group is not None:
+        dist.all_reduce(maxima_RC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
+    return maxima_RC
+
+
+def sum_over_ranks(sums_SC: Tensor, columns: Columns) -> Tensor:
+    """Sums over all ranks of local sums, in place. One SUM all-reduce."""
+    if columns.group is not None:
+        dist.all_reduce(sums_SC, group=columns.group)
+    return sums_SC
+
+
+def block_rows(width: int, device: torch.device) -> int:
+    """Rows of a block: few on a CPU; on an accelerator, where each operation is a launch, a chunk is one block."""
+    return max(1, BLOCK_NUMBERS // max(1, width)) if device.type == "cpu" else 1 << 62
 
 
 def group_size_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -88,34 +169,7 @@ def local_columns(widths: dict[str, int], tp_group: dist.ProcessGroup | None, vo
     if not 1 <= vocab_size <= widths[narrowest] * size:
         columns = f"{size} x {widths[narrowest]} columns of {narrowest}"
         raise LossInputError(f"vocab_size = {vocab_size}: it must be at least 1 and not exceed the {columns}")
-    return Columns(tp_group, rank * width, min(max(vocab_size - rank * width, 0), width), vocab_size)
-
-
-def row_maxima(logits: list[Tensor], columns: Columns) -> Tensor:
-    """Maxima of each row over all ranks, stacked [R, C]. One MAX all-reduce."""
-    if columns.width:
-        maxima_RC = torch.stack([logits_CV.amax(1) for logits_CV in logits])
-    else:
-        maxima_RC = logits[0].new_full((len(logits), logits[0].shape[0]), float("-inf"))
-    if columns.group is not None:
-        dist.all_reduce(maxima_RC, op=dist.ReduceOp.MAX, group=columns.group)
-    return maxima_RC
-
-
-def row_sums(sums: list[Tensor], columns: Columns) -> Tensor:
-    """Sums over all ranks of local sums [C] or [., C], stacked. One SUM all-reduce."""
-    sums_SC = torch.cat([part if part.dim() == 2 else part[None] for part in sums])
-    if columns.group is not None:
-        dist.all_reduce(sums_SC, group=columns.group)
-    return sums_SC
-
-
-def subtract_maxima(logits: list[Tensor], columns: Columns) -> Tensor:
-    """Shifts logits in place so that each row's maximum over all ranks is 0, and returns the maxima [R, C]."""
-    maxima_RC = row_maxima(logits, columns)
-    for logits_CV, maxima_C in zip(logits, maxima_RC, strict=False):
-        logits_CV.sub_(maxima_C[:, None])
-    return maxima_RC
+    return Columns(tp_group, rank * width, min(max(vocab_size - rank * width, 0), width), vocab_size, width)
 
 
 def statistics_dtype(student: Tensor) -> torch.dtype:
@@ -153,55 +207,81 @@ def check_logits(
     return local_columns({name: tensor.shape[1] for name, tensor in logits.items()}, tp_group, vocab_size)
 
 
-def logits_row_loss(loss: RowLoss, columns: Columns, *logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Values [T] of a row loss from local logits [T, V]; the first of `logits` gets a gradient, the others none.
+def check_finite(values_T: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Raises LossInputError where a value is not finite, and says which of the tensors, by name, is to blame.
 
-    Collectives: those of `loss.forward` for each chunk of LOGITS_CHUNK_TOKENS tokens; none in backward.
+    On a CPU only: elsewhere looking would wait for the device at every micro-batch, and the trainer refuses the step.
     """
-    return _FromLogits.apply(loss, columns, 1.0 / temperature, *logits)
+    if values_T.device.type != "cpu" or bool(values_T.isfinite().all()):
+        return
+    counts = {name: tensor.numel() - int(tensor.isfinite().sum()) for name, tensor in tensors.items()}
+    blame = [f"{name} holds {bad} of {tensors[name].numel()}" for name, bad in counts.items() if bad]
+    found = "; ".join(blame) or "none in this rank's tensors (another rank's columns, or logits beyond float32)"
+    bad = len(values_T) - int(values_T.isfinite().sum())
+    raise LossInputError(f"{bad} of {len(values_T)} values are not finite. Numbers that are not finite: {found}")
+
+
+def logits_row_loss(
+    loss: RowLoss, columns: Columns, logits: dict[str, Tensor], *, temperature: float = 1.0
+) -> Tensor:
+    """Values [T] of a row loss from local logits [T, V] by their arguments' names; the first one gets a gradient.
+
+    Collectives: those of `evaluate` for each chunk of LOGITS_CHUNK_TOKENS tokens; none in backward.
+    """
+    return _FromLogits.apply(loss, columns, 1.0 / temperature, tuple(logits), *logits.values())
 
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: RowLoss, columns: Columns, scale: float, *logits: Tensor) -> Tensor:
-        scratch = _scratch(loss, columns, logits)
-        values, saved = [], []
-        for rows in chunks(logits[0].shape[0], LOGITS_CHUNK_TOKENS):
-            value_C, saved_SC = loss.forward(_load(logits, rows, columns, scale, scratch), rows, columns)
-            values.append(value_C)
-            saved.append(saved_SC)
-        ctx.save_for_backward(torch.cat(saved, 1), *logits)
-        ctx.loss, ctx.columns, ctx.scale = loss, columns, scale
-        return torch.cat(values)
+    def forward(
+        ctx, loss: RowLoss, columns: Columns, scale: float, names: tuple[str, ...], *logits: Tensor
+    ) -> Tensor:
+        load = _LogitsChunks(loss, columns, scale, logits)
+        states = [evaluate(loss, load(rows)) for rows in load.chunks]
+        state_ST = torch.cat(states, 1)
+        check_finite(state_ST[0], {name: part[:, : columns.width] for name, part in zip(names, logits, strict=True)})
+        ctx.save_for_backward(state_ST[1:], *logits)
+        ctx.arguments = loss, columns, scale
+        return state_ST[0].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_T: Tensor) -> tuple[Tensor | None, ...]:
         saved_ST, *logits = ctx.saved_tensors
-        loss, columns = ctx.loss, ctx.columns
-        scratch = _scratch(loss, columns, logits)
+        loss, columns, scale = ctx.arguments
+        load = _LogitsChunks(loss, columns, scale, logits)
         gradient_TV = torch.zeros_like(logits[0])
-        for rows in chunks(logits[0].shape[0], LOGITS_CHUNK_TOKENS):
-            buffers = _load(logits, rows, columns, ctx.scale, scratch)
-            gradient_CV = loss.gradient(buffers, saved_ST[:, rows], rows, columns)
-            weight_C1 = (upstream_T[rows] * ctx.scale)[:, None]
-            gradient_TV[rows, : columns.width] = gradient_CV.mul_(weight_C1)
-        return None, None, None, gradient_TV, *(None for _ in logits[1:])
+        for rows in load.chunks:
+            for _, block in load(rows).blocks():
+                loss.gradient(block, saved_ST[:, block.rows])
+                weight_C1 = (upstream_T[block.rows] * scale)[:, None]
+                gradient_TV[block.rows, : columns.width] = block.logits[0].mul_(weight_C1)
+        return None, None, None, None, gradient_TV, *(None for _ in logits[1:])
 
 
-def _scratch(loss: RowLoss, columns: Columns, logits: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    shape = (min(logits[0].shape[0], LOGITS_CHUNK_TOKENS), columns.width)
-    dtype = statistics_dtype(logits[0])
-    return [torch.empty(shape, dtype=dtype, device=logits[0].device) for _ in range(loss.roles + loss.spares)]
+class _LogitsChunks:
+    """Given logits, copied chunk by chunk into scratch: real columns only, scaled and clamped."""
+
+    def __init__(self, loss: RowLoss, columns: Columns, scale: float, logits: tuple[Tensor, ...] | list[Tensor]):
+        self.columns, self.scale, self.logits = columns, scale, logits
+        tokens, device = logits[0].shape[0], logits[0].device
+        self.chunks = chunks(tokens, LOGITS_CHUNK_TOKENS)
+        rows = min(tokens, LOGITS_CHUNK_TOKENS)
+        self.buffers, self.spares = scratch(loss, rows, columns.width, statistics_dtype(logits[0]), device)
+
+    def __call__(self, rows: slice) -> Chunk:
+        buffers = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
+        for logits_TV, buffer_CV in zip(self.logits, buffers, strict=True):
+            buffer_CV.copy_(logits_TV[rows, : self.columns.width]).clamp_(min=LOWEST_LOGIT)
+            if self.scale != 1.0:
+                buffer_CV.mul_(self.scale)
+        return Chunk(buffers, self.spares, rows, self.columns)
 
 
-def _load(
-    logits: tuple[Tensor, ...] | list[Tensor], rows: slice, columns: Columns, scale: float, scratch: list[Tensor]
-) -> list[Tensor]:
-    """Copies a chunk's real columns into the scratch, scaled and clamped."""
-    buffers = [buffer[: rows.stop - rows.start] for buffer in scratch]
-    for logits_TV, buffer_CV in zip(logits, buffers, strict=False):
-        buffer_CV.copy_(logits_TV[rows, : columns.width]).clamp_(min=LOWEST_LOGIT)
-        if scale != 1.0:
-            buffer_CV.mul_(scale)
-    return buffers
+def scratch(
+    loss: RowLoss, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Room for the logits of a chunk of `rows` tokens, and for the spares of a block."""
+    in_block = min(rows, block_rows(width, device))
+    room = [torch.empty(rows, width, dtype=dtype, device=device) for _ in range(loss.roles)]
+    return room, [torch.empty(in_block, width, dtype=dtype, device=device) for _ in range(loss.spares)]

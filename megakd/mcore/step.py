@@ -6,8 +6,9 @@ The denominator. Every term of an objective is a sum over its own kind of thing 
 pairs) and is to be divided by the number of those things in the whole step. That number follows from the step's
 sequences alone, so it is known before the forward. megatron-core divides the summed gradient once, by the step's number
 of loss tokens (`calculate_per_token_loss=True` and a 3-tuple from the loss function: schedules.py
-`forward_step_calc_loss`, finalize_model_grads.py). So a term's sum is multiplied by tokens/count here, and the gradient
-does not depend on how the step is cut into micro-batches and data-parallel ranks.
+`forward_step_calc_loss`, finalize_model_grads.py). So a term's sum is multiplied by tokens/count
+(`LossContext.factor`), and the gradient does not depend on how the step is cut into micro-batches and data-parallel
+ranks.
 """
 
 from __future__ import annotations
@@ -85,7 +86,6 @@ def forward_backward(
     teachers: Sequence[Mapping[str, RoleOutput]] | None,
     objective: Objective,
     context: LossContext,
-    counts: Mapping[str, int],
 ) -> StepResult:
     """Forward and backward of one step; the gradients are complete and divided when it returns.
 
@@ -94,8 +94,7 @@ def forward_backward(
         batches: this rank's micro-batches.
         teachers: for each micro-batch the teachers' outputs by role (on the last stage; None elsewhere).
         objective: what to minimise.
-        context: the loss's tensor group, vocabulary and chunk size.
-        counts: the global denominators (`Step.counts`).
+        context: the loss's tensor group, vocabulary, chunk size and the step's denominators.
     """
 
     def forward_step(iterator: Iterator[tuple[Batch, Mapping[str, RoleOutput]]], chunk: torch.nn.Module):
@@ -106,22 +105,18 @@ def forward_backward(
     def loss_function(batch: Batch, signals: Mapping[str, RoleOutput], hidden_SBH: Tensor):
         student = RoleOutput(select_positions(model, hidden_SBH, batch), model.head_VH)
         terms = objective.loss(student, signals, batch, context)
-        loss = _weighted_sum(terms, counts)
+        loss = _weighted_sum(terms, context) if terms.loss is None else terms.loss
         tokens = torch.tensor(batch.positions.labels_T.numel(), dtype=torch.int, device=hidden_SBH.device)
-        return loss, tokens, _sums(terms, counts)
+        return loss, tokens, _sums(terms, context.counts)
 
     items = list(zip(batches, teachers if teachers is not None else [{}] * len(batches), strict=True))
     reports = _run_schedule(model, forward_step, items, forward_only=False, collect_non_loss_data=False)
     return StepResult(_reduce_reports(model, reports))
 
 
-def _weighted_sum(terms: LossTerms, counts: Mapping[str, int]) -> Tensor:
+def _weighted_sum(terms: LossTerms, context: LossContext) -> Tensor:
     """The micro-batch's share of the loss times the step's token count, which megatron-core divides by."""
-    total = 0.0
-    for term in terms.terms:
-        # max(1): a step without a single thing of this kind has a sum of zero, with its graph.
-        total = total + term.values_N.sum() * (term.weight * counts["tokens"] / max(1, counts[term.denominator]))
-    return total
+    return sum(term.values_N.sum() * context.factor(term.weight, term.denominator) for term in terms.terms)
 
 
 def _sums(terms: LossTerms, counts: Mapping[str, int]) -> dict[str, Tensor]:

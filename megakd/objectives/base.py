@@ -5,6 +5,7 @@ Legend: B sequences, T loss positions, H a model's hidden width, V local vocabul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,10 +49,20 @@ class LossContext:
     """Real vocabulary, common to all roles."""
     chunk_tokens: int
     """Tokens whose logits are held at a time."""
+    counts: Mapping[str, int]
+    """The denominators of the whole step (`Step.counts`), over all micro-batches and replicas."""
 
     def arguments(self) -> dict[str, Any]:
-        """The fields by the names that the fused losses give them."""
+        """Group, vocabulary and chunk by the names that the fused losses give them."""
         return {"tp_group": self.tp_group, "vocab_size": self.vocab_size, "chunk_tokens": self.chunk_tokens}
+
+    def factor(self, weight: float, denominator: str) -> float:
+        """What one value of a term counts in the loss, times the step's tokens: megatron-core divides by those.
+
+        The one place where a loss meets its denominator.
+        """
+        # max(1): a step without a single thing of this kind has a sum of zero, with its graph.
+        return weight * self.counts["tokens"] / max(1, self.counts[denominator])
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,9 @@ class LossTerms:
 
     terms: tuple[Term, ...]
     metrics: tuple[Metric, ...] = ()
+    loss: Tensor | None = None
+    """The sum of all terms by `LossContext.factor`, 0-d, where the losses have added it up themselves; the terms'
+    values have no gradient then. None where the terms are yet to be added up."""
 
 
 class Objective(Protocol):

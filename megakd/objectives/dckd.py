@@ -1,16 +1,18 @@
 """Dual-constrained distillation (DCKD, arXiv 2502.17927): the teacher's distribution on both answers of a pair.
 
-Legend: T loss positions.
+Legend: T loss positions, W = 2 weights of a token.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_divergence
+from megakd.losses import fused_distillation
 from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
-from megakd.objectives.sft import chosen_log_probs, nll_term
+from megakd.objectives.sft import nll_term
 
 if TYPE_CHECKING:
     from megakd.config import DckdObjective
@@ -31,16 +33,21 @@ class Dckd:
     def loss(
         self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
-        """Terms `kl_chosen` and `kl_rejected`, and `nll` unless its weight is 0."""
-        kinds_T, teacher, config = batch.positions.kinds_T, teachers["teacher"], self.config
-        kl_T = fused_divergence(
+        """Terms `kl_chosen` and `kl_rejected`, and `nll` unless its weight is 0, in one pass of the heads."""
+        teacher, config = teachers["teacher"], self.config
+        chosen_T = batch.positions.kinds_T == Kind.CHOSEN
+        kl = [context.factor(config.alpha, f"{kind}_tokens") for kind in ("rejected", "chosen")]
+        log_prob = [0.0, -context.factor(config.sft_weight, "chosen_tokens")]
+        weights_WT = student.hidden_TH.new_tensor([kl, log_prob], dtype=torch.float64)[:, chosen_T.long()]
+        loss, kl_T, log_probs_T = fused_distillation(
             "forward_kl", student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
+            batch.positions.labels_T, divergence_weights_T=weights_WT[0], log_prob_weights_T=weights_WT[1],
             temperature=config.temperature, **context.arguments(),
         )
         terms = [
-            Term("kl_chosen", kl_T[kinds_T == Kind.CHOSEN], config.alpha, "chosen_tokens"),
-            Term("kl_rejected", kl_T[kinds_T == Kind.REJECTED], config.alpha, "rejected_tokens"),
+            Term("kl_chosen", kl_T[chosen_T], config.alpha, "chosen_tokens"),
+            Term("kl_rejected", kl_T[~chosen_T], config.alpha, "rejected_tokens"),
         ]
         if config.sft_weight > 0:
-            terms.append(nll_term(chosen_log_probs(student, batch, context), weight=config.sft_weight))
-        return LossTerms(tuple(terms))
+            terms.append(nll_term(log_probs_T[chosen_T], weight=config.sft_weight))
+        return LossTerms(tuple(terms), loss=loss)

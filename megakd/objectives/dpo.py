@@ -36,8 +36,9 @@ class Dpo:
         """Terms `dpo` and `nll` (which is reported also at weight 0, as it costs nothing); metrics over pairs."""
         positions, sequences = batch.positions, len(batch.kinds_B)
         reference = teachers["reference"]
+        # recompute: the weight of a token depends on its whole pair, and is not known before the scores are.
         log_probs_T = fused_token_log_probs(
-            student.hidden_TH, student.head_VH, positions.labels_T, **context.arguments()
+            student.hidden_TH, student.head_VH, positions.labels_T, recompute=True, **context.arguments()
         )
         with torch.no_grad():
             ref_log_probs_T = fused_token_log_probs(

@@ -104,10 +104,11 @@ class Job:
                    for role, teacher in self.teachers.items()}
         table = step.table(student.grid.layout.data, micro_batch)
         batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=CPU)
-        context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, chunk_tokens=16)
+        context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, chunk_tokens=16,
+                              counts=step.counts)
         self.trainer.zero_grad()
-        return dict(forward_backward(student, batches, by_micro_batch(signals, len(batches)), self.objective, context,
-                                     step.counts).metrics)
+        teachers = by_micro_batch(signals, len(batches))
+        return dict(forward_backward(student, batches, teachers, self.objective, context).metrics)
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step; returns its metrics, as `train_step` does."""

@@ -122,8 +122,40 @@ def test_the_fused_forms_keep_a_few_numbers_a_token_and_nothing_of_the_vocabular
     given = {tensor.data_ptr() for model in data["models"] for tensor in model}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        loss_cases.ours(case, data["models"], data["labels_T"], None)
+        value_T = loss_cases.ours(case, data, None)
     assert sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in given) <= 4 * case.tokens
+    # What the node itself holds are the gradients that it will return.
+    made = [tensor for tensor in value_T.grad_fn.gradients if tensor is not None]
+    assert [tensor.shape for tensor in made] == [tensor.shape for tensor in data["models"][0]]
+    recomputed = loss_cases.ours(replace(case, recompute=True), data, None)
+    assert recomputed.grad_fn.gradients is None
+
+
+@pytest.mark.parametrize("loss", loss_cases.LOSSES)
+def test_a_second_backward_pass_through_the_same_graph_gives_the_same(loss):
+    case = loss_cases.Case(loss, True)
+    data = loss_cases.inputs(case)
+    student = [tensor.requires_grad_() for tensor in data["models"][0]]
+    total = loss_cases.ours(case, data, None).sum()
+    first = torch.autograd.grad(total, student, retain_graph=True)
+    second = torch.autograd.grad(total, student)
+    for mine, other in zip(first, second, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_numbers_that_are_not_finite_are_named(fused):
+    head_VH, hidden_TH = torch.randn(9, 4), torch.randn(6, 4, requires_grad=True)
+    bad_TH = hidden_TH.detach().clone()
+    bad_TH[2, 1] = bad_TH[4, 0] = float("nan")
+    if fused:
+        with pytest.raises(LossInputError, match="2 of 6 values .* teacher_hidden holds 2 of 24"):
+            losses.fused_divergence("forward_kl", hidden_TH, head_VH, bad_TH, head_VH)
+        with pytest.raises(LossInputError, match="hidden holds 2 of 24"):
+            losses.fused_token_log_probs(bad_TH, head_VH, torch.arange(6))
+    else:
+        with pytest.raises(LossInputError, match="2 of 6 values .* teacher_TV holds 18 of 54"):
+            losses.divergence("forward_kl", hidden_TH @ head_VH.t(), bad_TH @ head_VH.t())
 
 
 def test_no_gradient_is_made_where_none_is_asked_for():
@@ -163,6 +195,12 @@ LABELS = torch.zeros(3, dtype=torch.int64)
         (lambda: losses.fused_divergence("akl", A, A, A[:, :4], A), r"teacher_hidden has width 4 and teacher_head 8"),
         (lambda: losses.fused_token_log_probs(A, A, LABELS, chunk_tokens=0), r"chunk_tokens = 0"),
         (lambda: losses.fused_expected_advantage(A, A, A, A, A[:2], A), r"reference_hidden has 2 rows.*3"),
+        (lambda: losses.fused_token_log_probs(A, A, LABELS, bias_V=A[0, :2]), r"bias is \[2\] and head \[3, 8\]"),
+        (lambda: losses.fused_token_log_probs(A, A, LABELS, logit_softcap=0.0), r"logit_softcap .* = 0.0.*positive"),
+        (lambda: losses.fused_divergence("jsd", A, A, A, A, logit_scale=(1.0,)), r"logit_scale has 1 .*2"),
+        (lambda: losses.fused_divergence("jsd", A, A, A, A, temperature=-1.0), r"temperature = -1.0"),
+        (lambda: losses.fused_distillation("jsd", A, A, A, A, LABELS, divergence_weights_T=A[:, 0],
+                                           log_prob_weights_T=A[0]), r"log_prob_weights_T is .*\[8\]"),
         (lambda: losses.sequence_sums(A[0], LABELS, 2), r"values_T is \[8\] and rows_T \[3\]"),
         (lambda: losses.dpo(A[0], A[0], A[0], A[0, :2], beta=1.0), r"ref_rejected_P is \[2\].*\[8\]"),
         (lambda: losses.dpo(A[0], A[0], A[0], A[0], beta=1.0, label_smoothing=0.5), r"label_smoothing = 0.5"),

@@ -154,15 +154,18 @@ def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
         samples_T, columns_T = batch.sample_ids_B[positions.rows_T[wanted_T]], columns_of(batch)[wanted_T]
         return RoleOutput(models[role][0][samples_T, columns_T], models[role][1])
 
-    context = LossContext(group, VOCAB, chunk_tokens=7)
+    context = LossContext(group, VOCAB, chunk_tokens=7, counts=counts)
     loss, means = 0.0, {}
     for batch in batches:
         teachers = {role: output(role, batch, kinds) for role, kinds in objective.requires.teacher_kinds.items()}
         assert set(teachers) == set(objective.requires.teachers)
         result = objective.loss(output("student", batch, list(Kind)), teachers, batch, context)
+        # Where the losses have added the terms up themselves, they did so for a division by the step's tokens.
+        loss = loss + (0.0 if result.loss is None else result.loss / counts["tokens"])
         for term in result.terms:
             mean = term.values_N.sum() / counts[term.denominator]
-            loss = loss + term.weight * mean
+            assert term.values_N.requires_grad == (result.loss is None)
+            loss = loss + (term.weight * mean if result.loss is None else 0.0)
             means[term.name] = means.get(term.name, 0.0) + mean.item()
         for metric in result.metrics:
             assert metric.total.dim() == 0 and not metric.total.requires_grad
@@ -206,7 +209,8 @@ def test_pairs_are_matched_by_group_whatever_the_order_of_the_rows():
     positions = batch.positions
     outputs = {role: RoleOutput(hidden[batch.sample_ids_B[positions.rows_T], columns_of(batch)], head)
                for role, (hidden, head) in models.items()}
-    result = build_objective(CONFIGS[name]).loss(outputs["student"], outputs, batch, LossContext(None, VOCAB, 64))
+    result = build_objective(CONFIGS[name]).loss(outputs["student"], outputs, batch,
+                                                 LossContext(None, VOCAB, 64, batch.counts()))
     assert result.terms[0].values_N.sum().item() / 4 == pytest.approx(naive(name)[1]["dpo"], rel=1e-12)
 
 
@@ -220,11 +224,16 @@ def test_a_micro_batch_without_a_term_keeps_its_graph(name):
     for role, tensors in make_models().items():
         outputs[role] = RoleOutput(torch.tensor(tensors[0])[1, columns_of(batch)], torch.tensor(tensors[1]))
     student = RoleOutput(hidden[1, columns_of(batch)], head)
-    result = build_objective(CONFIGS[name]).loss(student, outputs, batch, LossContext(None, VOCAB, 64))
+    context = LossContext(None, VOCAB, 64, batch.counts())
+    result = build_objective(CONFIGS[name]).loss(student, outputs, batch, context)
     nll = next(term for term in result.terms if term.name == "nll")
     assert nll.values_N.shape == (0,)
-    nll.values_N.sum().backward()
-    assert not hidden.grad.any() and not head.grad.any()
+    if result.loss is None:
+        nll.values_N.sum().backward()
+        assert not hidden.grad.any() and not head.grad.any()
+    else:  # the other terms' gradient comes with it
+        result.loss.backward()
+        assert hidden.grad.isfinite().all() and hidden.grad.any() and head.grad.isfinite().all()
 
 
 def test_objectives_say_what_they_need():

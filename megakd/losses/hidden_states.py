@@ -1,0 +1,315 @@
+"""How a per-token loss runs from hidden states: LM heads applied a chunk of tokens at a time, gradients made with them.
+
+The student's gradient is made in the forward pass, while a chunk's logits are at hand: made in the backward pass, every
+model's head would have to be applied once more. In the forward pass the weights of the tokens in the final loss are not
+known, so d(head) is made for equal weights. Where the backward pass then meets others (values of one call that were
+weighted or masked one by one), it makes the logits again, which is as exact and slower; a caller that knows that
+beforehand says `recompute`. No [T, V] tensor lives between forward and backward either way.
+
+Legend: T tokens, C tokens of a chunk, V local vocabulary columns, H hidden width, R models (student first), S numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megakd.errors import LossInputError
+from megakd.losses.statistics import (
+    Chunk,
+    Columns,
+    RowLoss,
+    check_finite,
+    check_matrix,
+    check_positive,
+    chunks,
+    evaluate,
+    group_size_and_rank,
+    local_columns,
+    scratch,
+    statistics_dtype,
+)
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """One model: last hidden states at the loss positions, the local rows of its LM head, and how logits are made.
+
+    logits = cap * tanh(scale * (hidden @ head^T + bias) / cap), without the cap where `softcap` is None.
+    """
+
+    name: str
+    """Prefix of its arguments' names, for messages."""
+    hidden_TH: Tensor
+    head_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a call runs; see the arguments of `fused_token_log_probs`."""
+
+    chunk_tokens: int
+    temperature: float
+    recompute: bool
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call does besides its tensors."""
+
+    loss: RowLoss
+    columns: Columns
+    settings: Settings
+    names: tuple[str, ...]
+    scales: tuple[float, ...]
+    softcaps: tuple[float | None, ...]
+
+
+def hidden_row_loss(
+    loss: RowLoss, models: Sequence[HeadInput], columns: Columns, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Values [T] of a row loss of models that `check_models` has seen; and what it reports [., T], without a gradient.
+
+    Collectives: those of `evaluate` for each chunk, and of d(hidden) as `fused_token_log_probs` says.
+
+    Raises:
+        LossInputError: a setting out of range; on CPU tensors, values that are not finite.
+    """
+    check_positive("temperature", settings.temperature)
+    if settings.chunk_tokens < 1:
+        raise LossInputError(f"chunk_tokens = {settings.chunk_tokens}: it must be at least 1")
+    if not torch.is_grad_enabled():
+        settings = replace(settings, recompute=True)
+    plan = Plan(
+        loss,
+        columns,
+        settings,
+        tuple(model.name for model in models),
+        tuple(model.scale for model in models),
+        tuple(model.softcap for model in models),
+    )
+    tensors = [tensor for model in models for tensor in (model.hidden_TH, model.head_VH, model.bias_V)]
+    return _FromHidden.apply(plan, *tensors)
+
+
+def check_models(models: Sequence[HeadInput], tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> Columns:
+    """This rank's columns of the models' heads.
+
+    Raises:
+        LossInputError: tensors that do not go together, by their arguments' names.
+    """
+    tokens, widths = None, {}
+    for model in models:
+        check_matrix(f"{model.name}hidden", model.hidden_TH, rows=tokens)
+        check_matrix(f"{model.name}head", model.head_VH)
+        hidden_width, head_width = model.hidden_TH.shape[1], model.head_VH.shape[1]
+        if hidden_width != head_width:
+            sizes = f"{model.name}hidden has width {hidden_width} and {model.name}head {head_width}"
+            raise LossInputError(f"{sizes}: they must be equal")
+        if model.bias_V is not None and model.bias_V.shape != model.head_VH.shape[:1]:
+            sizes = f"{list(model.bias_V.shape)} and {model.name}head {list(model.head_VH.shape)}"
+            raise LossInputError(f"{model.name}bias is {sizes}: it must have one number for each of the head's rows")
+        if model.softcap is not None:
+            check_positive(f"logit_softcap of {model.name or 'the model'}", model.softcap)
+        tokens, widths[f"{model.name}head"] = model.hidden_TH.shape[0], model.head_VH.shape[0]
+    return local_columns(widths, tp_group, vocab_size)
+
+
+def all_tokens(hidden_TH: Tensor, columns: Columns, sequence_parallel: bool) -> int:
+    """Number T of tokens, of which `hidden_TH` is this rank's share under sequence parallelism."""
+    return len(hidden_TH) * (group_size_and_rank(columns.group)[0] if sequence_parallel else 1)
+
+
+class _FromHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        heads = _Heads(plan, tensors)
+        wanted = ctx.needs_input_grad[1:4]
+        gradients = None if plan.settings.recompute or not any(wanted) else _StudentGradients(heads, wanted)
+        states = []
+        for chunk in heads.chunks():
+            states.append(evaluate(plan.loss, chunk))
+            if gradients is not None:
+                gradients.add(chunk, states[-1][1:], None)
+        state_ST = torch.cat(states, 1)
+        check_finite(state_ST[0], _named(plan, tensors))
+        ctx.save_for_backward(state_ST[1:], *tensors)
+        ctx.plan = plan
+        ctx.gradients = None if gradients is None else gradients.finish()
+        reported_ST = state_ST[len(state_ST) - plan.loss.reported :].clone()
+        ctx.mark_non_differentiable(reported_ST)
+        return state_ST[0].clone(), reported_ST
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved_ST, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:4]
+        # They are scaled in place, so a second backward pass through the same graph has to make them again.
+        made, ctx.gradients = ctx.gradients, None
+        if made is not None and _equal_weights(upstream_T):
+            weight = upstream_T[0] if len(upstream_T) else 1.0
+            made = tuple(None if tensor is None else tensor.mul_(weight) for tensor in made)
+        else:
+            heads = _Heads(ctx.plan, tensors)
+            gradients = _StudentGradients(heads, wanted)
+            for chunk in heads.chunks():
+                gradients.add(chunk, saved_ST[:, chunk.rows], upstream_T[chunk.rows])
+            made = gradients.finish()
+        student = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(made, tensors[:3], strict=True)
+        )
+        return None, *student, *(None for _ in tensors[3:])
+
+
+def _equal_weights(upstream_T: Tensor) -> bool:
+    """Whether all tokens have one weight, as after a plain sum. On an accelerator only the tensor's strides are asked:
+    looking at its numbers would wait for the device."""
+    if len(upstream_T) < 2 or upstream_T.stride(0) == 0:
+        return True
+    return upstream_T.device.type == "cpu" and bool((upstream_T == upstream_T[0]).all())
+
+
+class _Heads:
+    """All models' logits for one chunk after another, in buffers that are used again."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None]):
+        self.plan = plan
+        width = plan.columns.width
+        self.dtype = statistics_dtype(tensors[0])
+        self.models = []
+        for hidden_TH, head_VH, bias_V in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True):
+            if plan.settings.sequence_parallel:
+                hidden_TH = _gather_rows(hidden_TH, plan.columns.group)
+            hidden_TH, head_VH = _operands(hidden_TH, head_VH[:width], self.dtype)
+            self.models.append((hidden_TH, head_VH, None if bias_V is None else bias_V[:width].to(self.dtype)))
+        self.tokens = self.models[0][0].shape[0]
+        rows, device = min(self.tokens, plan.settings.chunk_tokens), tensors[0].device
+        self.buffers, self.spares = scratch(plan.loss, rows, width, self.dtype, device)
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks with their logits, which the caller may overwrite."""
+        for rows in chunks(self.tokens, self.plan.settings.chunk_tokens):
+            logits = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
+            scales, softcaps = self.plan.scales, self.plan.softcaps
+            for (hidden, head, bias_V), scale, cap, out_CV in zip(self.models, scales, softcaps, logits, strict=True):
+                _multiply(hidden[rows], head.t(), out_CV)
+                if bias_V is not None:
+                    out_CV.add_(bias_V)
+                if cap is not None:
+                    out_CV.mul_(scale / cap).tanh_().mul_(cap / self.plan.settings.temperature)
+                elif scale != self.plan.settings.temperature:
+                    out_CV.mul_(scale / self.plan.settings.temperature)
+            yield Chunk(logits, self.spares, rows, self.plan.columns)
+
+
+class _StudentGradients:
+    """d(hidden), d(head) and d(bias) of the student, added up chunk by chunk; None for what is not wanted.
+
+    The tokens' weights are applied on the side of H, which is narrower than V.
+    """
+
+    def __init__(self, heads: _Heads, wanted: Sequence[bool]):
+        self.heads, self.plan = heads, heads.plan
+        hidden_TH, head_VH, _ = heads.models[0]
+        rows, device = self.plan.columns.head_rows, hidden_TH.device
+        self.hidden_TH = torch.empty_like(hidden_TH, dtype=heads.dtype) if wanted[0] else None
+        self.head_VH = torch.zeros(rows, head_VH.shape[1], dtype=heads.dtype, device=device) if wanted[1] else None
+        self.bias_V = torch.zeros(rows, dtype=heads.dtype, device=device) if wanted[2] else None
+        self.slope = torch.empty_like(heads.spares[0]) if self.plan.softcaps[0] is not None else None
+        self.works: list[dist.Work] = []
+
+    def add(self, chunk: Chunk, saved_SC: Tensor, weight_C: Tensor | None) -> None:
+        """Adds a chunk's gradients, for tokens of the given weights (None: all 1). Overwrites its logits.
+
+        Collectives: begins one SUM all-reduce of the chunk's d(hidden), which goes on beside the next chunk's products
+        (one reduce-scatter of all d(hidden) at the end under sequence parallelism).
+        """
+        width, rows = self.plan.columns.width, chunk.rows
+        for part, block in chunk.blocks():
+            self._gradient(block, saved_SC[:, part])
+        hidden_TH, head_VH, _ = self.heads.models[0]
+        gradient_CV = chunk.logits[0].to(head_VH.dtype)
+        factor = self.plan.scales[0] / self.plan.settings.temperature
+        if weight_C is None:
+            weight_C = torch.ones(rows.stop - rows.start, dtype=self.heads.dtype, device=gradient_CV.device)
+        weight_C1 = (weight_C * factor)[:, None]
+        if self.hidden_TH is not None:
+            _multiply(gradient_CV, head_VH, self.hidden_TH[rows]).mul_(weight_C1)
+            if self.plan.columns.group is not None and not self.plan.settings.sequence_parallel:
+                group = self.plan.columns.group
+                self.works.append(dist.all_reduce(self.hidden_TH[rows], group=group, async_op=True))
+        if self.head_VH is not None:
+            weighted_CH = (hidden_TH[rows] * weight_C1).to(gradient_CV.dtype)
+            _multiply(gradient_CV.t(), weighted_CH, self.head_VH[:width], add=True)
+        if self.bias_V is not None:
+            self.bias_V[:width] += weight_C1[:, 0] @ chunk.logits[0]
+
+    def _gradient(self, block: Chunk, saved_SC: Tensor) -> None:
+        """d value / d logits before the softcap, over the student's logits of a block."""
+        student_CV, cap = block.logits[0], self.plan.softcaps[0]
+        if cap is None:
+            return self.plan.loss.gradient(block, saved_SC)
+        # The derivative of cap * tanh(x / cap) is 1 - (y / cap)^2; it has to be taken before the logits y are gone.
+        slope_CV = self.slope[: len(student_CV)]
+        torch.mul(student_CV, self.plan.settings.temperature / cap, out=slope_CV).square_().neg_().add_(1.0)
+        self.plan.loss.gradient(block, saved_SC)
+        student_CV.mul_(slope_CV)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients, when all chunks have been added."""
+        for work in self.works:
+            work.wait()
+        hidden_TH = self.hidden_TH
+        if hidden_TH is not None and self.plan.settings.sequence_parallel and self.plan.columns.group is not None:
+            group = self.plan.columns.group
+            hidden_TH = hidden_TH.new_empty(len(hidden_TH) // dist.get_world_size(group), hidden_TH.shape[1])
+            dist.reduce_scatter_tensor(hidden_TH, self.hidden_TH, group=group)
+        return hidden_TH, self.head_VH, self.bias_V
+
+
+def _gather_rows(hidden_TH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' shares of the tokens, in the order of the ranks. One all-gather."""
+    if group is None:
+        return hidden_TH
+    whole_TH = hidden_TH.new_empty(len(hidden_TH) * dist.get_world_size(group), hidden_TH.shape[1])
+    dist.all_gather_into_tensor(whole_TH, hidden_TH.contiguous(), group=group)
+    return whole_TH
+
+
+def _operands(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states and head as a matrix product takes them.
+
+    A GPU multiplies 16-bit numbers and adds up in float32, so both stay as they are there. A CPU would round the logits
+    to 16 bits, so both become `dtype` first.
+    """
+    common = torch.promote_types(hidden.dtype, head.dtype)
+    if not (hidden.is_cuda and common.itemsize == 2 and dtype == torch.float32):
+        common = dtype
+    return hidden.to(common), head.to(common)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = left @ right, or out += left @ right, in out's dtype whatever the operands'. Returns out."""
+    if left.dtype == out.dtype:
+        return out.addmm_(left, right, beta=1.0 if add else 0.0)
+    product = torch.mm(left, right, out_dtype=out.dtype)
+    return out.add_(product) if add else out.copy_(product)
+
+
+def _named(plan: Plan, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The tensors by their arguments' names, without the padding."""
+    width, named = plan.columns.width, {}
+    for name, hidden_TH, head_VH, bias_V in zip(plan.names, tensors[::3], tensors[1::3], tensors[2::3], strict=True):
+        named |= {f"{name}hidden": hidden_TH, f"{name}head": head_VH[:width]}
+        named |= {} if bias_V is None else {f"{name}bias": bias_V[:width]}
+    return named
