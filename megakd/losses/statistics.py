@@ -142,6 +142,17 @@ def check_positive(name: str, value: float) -> None:
         raise LossInputError(f"{name} = {value}: it must be positive")
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises LossInputError where a tensor on the CPU holds NaN or an infinity.
+
+    On an accelerator the values are not looked at, as that would wait for the device.
+    """
+    if tensor.device.type == "cpu":
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            raise LossInputError(f"{name} holds {wrong} of {tensor.numel()} values that are NaN or infinite")
+
+
 def check_logits(
     logits: dict[str, Tensor], tp_group: dist.ProcessGroup | None, vocab_size: int | None
 ) -> Columns:
