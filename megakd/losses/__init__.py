@@ -1,4 +1,7 @@
-"""Losses: pure functions of tensors and an explicit tensor-parallel group; one value a token or a pair, no averages."""
+"""Losses: pure functions of tensors and an explicit tensor-parallel group.
+
+One value a token, a pair or a group of answers; no averages.
+"""
 
 from megakd.losses.advantage import expected_advantage
 from megakd.losses.divergence import divergence
@@ -8,11 +11,16 @@ from megakd.losses.fused_head import (
     fused_expected_advantage,
     fused_token_log_probs,
 )
-from megakd.losses.likelihood import sequence_sums, token_log_probs
-from megakd.losses.preference import dpo, dpo_from_margins, reward_margins
+from megakd.losses.likelihood import sequence_sums, sequence_weights, token_log_probs
+from megakd.losses.listwise import pad_probabilistic, pad_vanilla, plackett_luce_log_prob
+from megakd.losses.preference import cpo, dpkd, dpo, dpo_from_margins, ipo, reward_margins, simpo
+from megakd.losses.released import dpkd_token, released_topk_advantage, released_topk_kl
 
 __all__ = [
+    "cpo",
     "divergence",
+    "dpkd",
+    "dpkd_token",
     "dpo",
     "dpo_from_margins",
     "expected_advantage",
@@ -20,7 +28,15 @@ __all__ = [
     "fused_divergence",
     "fused_expected_advantage",
     "fused_token_log_probs",
+    "ipo",
+    "pad_probabilistic",
+    "pad_vanilla",
+    "plackett_luce_log_prob",
+    "released_topk_advantage",
+    "released_topk_kl",
     "reward_margins",
     "sequence_sums",
+    "sequence_weights",
+    "simpo",
     "token_log_probs",
 ]

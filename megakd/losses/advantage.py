@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses.statistics import Chunk, check_logits, logits_row_loss
+from megakd.losses.statistics import Chunk, RowLoss, check_logits, logits_row_loss
 
 
 @dataclass(frozen=True)
-class ExpectedAdvantage:
+class ExpectedAdvantage(RowLoss):
     """Row loss `sum_a Q(a) A(a)`, A = beta (log P - log R), of student Q, teacher P and reference R.
 
     Its gradient `Q (A - sum_a Q(a) A(a))` is the same for A plus any constant, so the backward pass takes the
@@ -25,8 +25,6 @@ class ExpectedAdvantage:
 
     roles: ClassVar[int] = 3
     spares: ClassVar[int] = 2
-    passes: ClassVar[int] = 1
-    reported: ClassVar[int] = 0
     beta: float
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:

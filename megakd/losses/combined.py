@@ -15,7 +15,7 @@ from megakd.losses.likelihood import add_at_labels, label_logits, outside_is_nan
 from megakd.losses.statistics import Chunk, RowLoss
 
 
-class WithLogProbs:
+class WithLogProbs(RowLoss):
     """Row loss `w * D + v * log Q(label)` for a row loss D of a teacher and the student Q; reports D and log Q(label).
 
     Its gradient adds `v (1[label] - Q)` to that of `w * D`. D is taken of logits that are divided by the temperature,

@@ -29,13 +29,11 @@ from megakd.losses.statistics import (
 KINDS = ("forward_kl", "reverse_kl", "jsd", "akl")
 
 
-class ForwardKL:
+class ForwardKL(RowLoss):
     """Row loss KL(P || Q); gradient Q - P."""
 
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 2
-    passes: ClassVar[int] = 1
-    reported: ClassVar[int] = 0
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         (student_CV, teacher_CV), (spare_CV, log_ratio_CV) = block.logits, block.spares
@@ -57,13 +55,11 @@ class ForwardKL:
         block.logits[0].sub_(block.logits[1])
 
 
-class ReverseKL:
+class ReverseKL(RowLoss):
     """Row loss KL(Q || P); gradient Q (log Q - log P - KL(Q || P))."""
 
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 2
-    passes: ClassVar[int] = 1
-    reported: ClassVar[int] = 0
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         (student_CV, teacher_CV), (spare_CV, log_ratio_CV) = block.logits, block.spares
@@ -89,7 +85,7 @@ class ReverseKL:
 
 
 @dataclass(frozen=True)
-class JensenShannon:
+class JensenShannon(RowLoss):
     """Row loss beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q (GKD eq. 1).
 
     With x = log(beta P) - log((1 - beta) Q):
@@ -103,7 +99,6 @@ class JensenShannon:
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 2
     passes: ClassVar[int] = 2
-    reported: ClassVar[int] = 0
     beta: float
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
@@ -154,7 +149,7 @@ def _softplus_(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdaptiveKL:
+class AdaptiveKL(RowLoss):
     """Row loss w_h KL(P || Q) + w_l KL(Q || P), detached weights by where P and Q differ (AKL).
 
     Tokens by falling P, equal ones by rising id: the head is the longest prefix of a total of at most mu, and never
@@ -170,7 +165,6 @@ class AdaptiveKL:
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 3
     passes: ClassVar[int] = 2
-    reported: ClassVar[int] = 0
     mu: float
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:

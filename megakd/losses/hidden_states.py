@@ -24,9 +24,9 @@ from megakd.losses.statistics import (
     Chunk,
     Columns,
     RowLoss,
-    check_finite,
     check_matrix,
     check_positive,
+    check_values,
     chunks,
     evaluate,
     group_size_and_rank,
@@ -141,7 +141,7 @@ class _FromHidden(torch.autograd.Function):
             if gradients is not None:
                 gradients.add(chunk, states[-1][1:], None)
         state_ST = torch.cat(states, 1)
-        check_finite(state_ST[0], _named(plan, tensors))
+        check_values(state_ST[0], _named(plan, tensors))
         ctx.save_for_backward(state_ST[1:], *tensors)
         ctx.plan = plan
         ctx.gradients = None if gradients is None else gradients.finish()

@@ -5,6 +5,7 @@ Legend: T tokens, C tokens of a chunk, V local vocabulary columns, N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,16 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import LossInputError
-from megakd.losses.statistics import Chunk, check_logits, logits_row_loss
+from megakd.losses.statistics import Chunk, RowLoss, check_logits, logits_row_loss
 
 
-class LogProb:
+class LogProb(RowLoss):
     """Row loss `log Q(label)`; its gradient is `1[label] - Q`."""
 
     roles: ClassVar[int] = 1
     spares: ClassVar[int] = 1
-    passes: ClassVar[int] = 1
-    reported: ClassVar[int] = 0
 
     def __init__(self, labels_T: Tensor):
         self.labels_T = labels_T
@@ -134,3 +133,35 @@ def sequence_sums(values_T: Tensor, rows_T: Tensor, rows: int) -> Tensor:
     # Masked sums rather than index_add: that one adds in an arbitrary order on CUDA, and runs must repeat bit for bit.
     sequences_N1 = torch.arange(rows, device=rows_T.device)[:, None]
     return torch.where(rows_T == sequences_N1, values_T, 0.0).sum(1)
+
+
+def sequence_weights(loss: Callable[..., Tensor], *scores: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A loss over sequences' scores, and the weights with which each sequence alone can be sent backward.
+
+    A loss over a pair or a group needs the scores of all its sequences at once, and one graph over all of them needs
+    their memory at once. Instead: compute the scores without a graph, call this, then make each sequence's score anew
+    with its graph and run backward over `weight * score`. The sum of these gradients is that of the sum of the losses,
+    exactly, by the chain rule, as long as nothing random (dropout) differs between the passes.
+
+    Args:
+        loss: maps the scores to any number of loss values, e.g. `partial(pad_vanilla, teacher_score_NG=..., beta=2.0)`.
+            What gets no gradient, such as a reference's scores, is bound beforehand, and so is a weight of each value.
+        scores: log-probabilities or rewards of sequences, of any shape; their graph, if any, is not used.
+
+    Returns:
+        The loss values, and for each of `scores` d(sum of the values) / d(score) in its shape: constants. No
+        collectives but the loss's own.
+
+    Raises:
+        LossInputError: the loss does not depend on one of the scores; what the loss raises.
+    """
+    leaves = [score.detach().requires_grad_() for score in scores]
+    weights: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    with torch.enable_grad():  # the first pass is likely to be inside no_grad
+        values = loss(*leaves)
+        if values.requires_grad:
+            weights = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+    unused = [place for place, weight in enumerate(weights) if weight is None]
+    if unused:
+        raise LossInputError(f"scores {unused}: the loss sends them no gradient; bind such arguments beforehand")
+    return values.detach(), weights

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -75,57 +75,62 @@ class Chunk:
             yield part, Chunk([logits[part] for logits in self.logits], spares, rows, self.columns)
 
 
-class RowLoss(Protocol):
+class RowLoss:
     """A loss of one value a token.
 
-    Its numbers a token (`state_SC`) are the models' maxima at first. In each pass every rank sums over its own columns
+    Its numbers a token (`state_SC`) are maxima at first. In each pass every rank sums over its own columns
     (`local_sums`, block by block), the sums are added up over ranks, and `combine` makes new numbers of them. After the
-    last pass the first row of the state is the value, and the others are what `gradient` needs: the first of those is
-    the logarithm of the student's sum of exponentials, the last `reported` ones are of interest to the caller.
+    last pass the first row of the state is the value, the others are what `gradient` needs, and the last `reported`
+    ones of those are of interest to the caller.
     """
 
     roles: ClassVar[int]
     """Number R of models whose logits it takes, the student first."""
     spares: ClassVar[int]
     """Number of scratch tensors that a block needs."""
-    passes: ClassVar[int]
+    passes: ClassVar[int] = 1
     """Number of SUM all-reduces a chunk."""
-    reported: ClassVar[int]
+    reported: ClassVar[int] = 0
     """Number of further values a token, at the end of the state, that the caller is told."""
+
+    def local_maxima(self, block: Chunk) -> Tensor:
+        """Maxima [., C] over the local columns, of which there is at least one: each model's, if not said otherwise."""
+        return torch.stack([logits_CV.amax(1) for logits_CV in block.logits])
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         """Sums [S, C] of pass `number` over the local columns. The logits are only read; scratch may be written."""
-        ...
+        raise NotImplementedError
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
         """The next state, from sums over all columns."""
-        ...
+        raise NotImplementedError
 
     def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
         """Writes d value_C / d student logits over the student's logits; `saved_SC` is the last state but its first
         row. The other models' logits and the scratch may be written too."""
-        ...
+        raise NotImplementedError
 
 
 def evaluate(loss: RowLoss, chunk: Chunk) -> Tensor:
     """The last state [S, C] of a chunk: value first. Collectives: one MAX, and one SUM for each pass."""
-    state_SC = row_maxima(chunk)
+    state_SC = row_maxima(loss, chunk)
     for number in range(loss.passes):
         local = [loss.local_sums(number, block, state_SC[:, part]) for part, block in chunk.blocks()]
         state_SC = loss.combine(number, state_SC, sum_over_ranks(torch.cat(local, 1), chunk.columns), chunk)
     return state_SC
 
 
-def row_maxima(chunk: Chunk) -> Tensor:
-    """Maxima of each row over all ranks, stacked [R, C]. One MAX all-reduce."""
-    tokens = chunk.rows.stop - chunk.rows.start
+def row_maxima(loss: RowLoss, chunk: Chunk) -> Tensor:
+    """The loss's maxima of each row over all ranks. One MAX all-reduce."""
+    blocks = [block for _, block in chunk.blocks()]
     if chunk.columns.width:
-        maxima_RC = torch.stack([logits_CV.amax(1) for logits_CV in chunk.logits])
+        maxima_SC = torch.cat([loss.local_maxima(block) for block in blocks], 1)
     else:
-        maxima_RC = chunk.logits[0].new_full((len(chunk.logits), tokens), float("-inf"))
+        tokens = chunk.rows.stop - chunk.rows.start
+        maxima_SC = chunk.logits[0].new_full((loss.roles, tokens), float("-inf"))
     if chunk.columns.group is not None:
-        dist.all_reduce(maxima_RC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
-    return maxima_RC
+        dist.all_reduce(maxima_SC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
+    return maxima_SC
 
 
 def sum_over_ranks(sums_SC: Tensor, columns: Columns) -> Tensor:
@@ -196,6 +201,17 @@ def check_positive(name: str, value: float) -> None:
         raise LossInputError(f"{name} = {value}: it must be positive")
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises LossInputError where a tensor on the CPU holds NaN or an infinity.
+
+    On an accelerator the values are not looked at, as that would wait for the device.
+    """
+    if tensor.device.type == "cpu":
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            raise LossInputError(f"{name} holds {wrong} of {tensor.numel()} values that are NaN or infinite")
+
+
 def check_logits(
     logits: dict[str, Tensor], tp_group: dist.ProcessGroup | None, vocab_size: int | None
 ) -> Columns:
@@ -207,7 +223,7 @@ def check_logits(
     return local_columns({name: tensor.shape[1] for name, tensor in logits.items()}, tp_group, vocab_size)
 
 
-def check_finite(values_T: Tensor, tensors: dict[str, Tensor]) -> None:
+def check_values(values_T: Tensor, tensors: dict[str, Tensor]) -> None:
     """Raises LossInputError where a value is not finite, and says which of the tensors, by name, is to blame.
 
     On a CPU only: elsewhere looking would wait for the device at every micro-batch, and the trainer refuses the step.
@@ -239,7 +255,7 @@ class _FromLogits(torch.autograd.Function):
         load = _LogitsChunks(loss, columns, scale, logits)
         states = [evaluate(loss, load(rows)) for rows in load.chunks]
         state_ST = torch.cat(states, 1)
-        check_finite(state_ST[0], {name: part[:, : columns.width] for name, part in zip(names, logits, strict=True)})
+        check_values(state_ST[0], {name: part[:, : columns.width] for name, part in zip(names, logits, strict=True)})
         ctx.save_for_backward(state_ST[1:], *logits)
         ctx.arguments = loss, columns, scale
         return state_ST[0].clone()
