@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses.statistics import Chunk, RowLoss, check_logits, logits_row_loss
+from megakd.losses.statistics import Chunk, RowLoss, check_logits, exp_, logits_row_loss
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class ExpectedAdvantage(RowLoss):
         student_CV, teacher_CV, reference_CV = block.logits
         spare_CV, advantage_CV = block.spares
         max_C1, teacher_max_C1, reference_max_C1 = state_SC[:, :, None]
-        teacher_sum_C = torch.sub(teacher_CV, teacher_max_C1, out=spare_CV).exp_().sum(1)
-        reference_sum_C = torch.sub(reference_CV, reference_max_C1, out=spare_CV).exp_().sum(1)
+        teacher_sum_C = exp_(torch.sub(teacher_CV, teacher_max_C1, out=spare_CV)).sum(1)
+        reference_sum_C = exp_(torch.sub(reference_CV, reference_max_C1, out=spare_CV)).sum(1)
         torch.sub(teacher_CV, reference_CV, out=advantage_CV).add_(reference_max_C1 - teacher_max_C1)
-        exp_CV = torch.sub(student_CV, max_C1, out=spare_CV).exp_()
+        exp_CV = exp_(torch.sub(student_CV, max_C1, out=spare_CV))
         return torch.stack([exp_CV.sum(1), teacher_sum_C, reference_sum_C, advantage_CV.mul_(exp_CV).sum(1)])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -48,7 +48,7 @@ class ExpectedAdvantage(RowLoss):
         student_CV, teacher_CV, reference_CV = block.logits
         lse_C, mean_C = saved_SC
         teacher_CV.sub_(reference_CV).sub_(mean_C[:, None]).mul_(self.beta)
-        student_CV.sub_(lse_C[:, None]).exp_().mul_(teacher_CV)
+        exp_(student_CV.sub_(lse_C[:, None])).mul_(teacher_CV)
 
 
 def expected_advantage(

@@ -1,4 +1,4 @@
-"""A divergence and the log-probabilities of given tokens, weighted token by token, with one pass of the student's head.
+"""Row losses around a row loss: one with log-probabilities of given tokens beside it, one of softcapped logits.
 
 Legend: T tokens, C tokens of a chunk, V local vocabulary columns, S numbers a token.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.likelihood import add_at_labels, label_logits, outside_is_nan
-from megakd.losses.statistics import Chunk, RowLoss
+from megakd.losses.statistics import Chunk, RowLoss, exp_
 
 
 class WithLogProbs(RowLoss):
@@ -31,13 +31,16 @@ class WithLogProbs(RowLoss):
         self.inner_weights_T, self.log_prob_weights_T = inner_weights_T, log_prob_weights_T
         self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
 
+    def local_maxima(self, block: Chunk) -> Tensor:
+        return self.inner.local_maxima(_without_own_spare(block))
+
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         if number > 0:
             return self.inner.local_sums(number, _without_own_spare(block), state_SC[:-2])
         student_CV, max_C, spare_CV = block.logits[0], state_SC[0], block.spares[-1]
         inner_SC = self.inner.local_sums(number, _without_own_spare(block), state_SC)
         label_C = label_logits(student_CV, max_C, self.labels_T, block) * self.temperature
-        exp_CV = torch.sub(student_CV, max_C[:, None], out=spare_CV).mul_(self.temperature).exp_()
+        exp_CV = exp_(torch.sub(student_CV, max_C[:, None], out=spare_CV).mul_(self.temperature))
         return torch.cat([inner_SC, torch.stack([label_C, exp_CV.sum(1)])])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -62,7 +65,7 @@ class WithLogProbs(RowLoss):
 
     def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
         student_CV, lse_C = block.logits[0], saved_SC[-3]
-        prob_CV = torch.mul(student_CV, self.temperature, out=block.spares[-1]).sub_(lse_C[:, None]).exp_()
+        prob_CV = exp_(torch.mul(student_CV, self.temperature, out=block.spares[-1]).sub_(lse_C[:, None]))
         self.inner.gradient(_without_own_spare(block), saved_SC[:-3])
         weight_C, log_prob_weight_C = self._weights(block)
         add_at_labels(prob_CV.neg_(), self.labels_T, block)
@@ -72,6 +75,31 @@ class WithLogProbs(RowLoss):
     def _weights(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         dtype = chunk.logits[0].dtype
         return self.inner_weights_T[chunk.rows].to(dtype), self.log_prob_weights_T[chunk.rows].to(dtype)
+
+
+class Softcapped(RowLoss):
+    """A row loss of logits y = cap * tanh(x / cap), whose gradient is that by x: 1 - (y / cap)^2 times that by y."""
+
+    def __init__(self, inner: RowLoss, cap: float):
+        self.inner, self.cap = inner, cap
+        self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
+        self.reported = inner.reported
+
+    def local_maxima(self, block: Chunk) -> Tensor:
+        return self.inner.local_maxima(_without_own_spare(block))
+
+    def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
+        return self.inner.local_sums(number, _without_own_spare(block), state_SC)
+
+    def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
+        return self.inner.combine(number, state_SC, sums_SC, chunk)
+
+    def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
+        student_CV = block.logits[0]
+        # Taken before the logits are gone.
+        slope_CV = torch.mul(student_CV, 1.0 / self.cap, out=block.spares[-1]).square_().neg_().add_(1.0)
+        self.inner.gradient(_without_own_spare(block), saved_SC)
+        student_CV.mul_(slope_CV)
 
 
 def _without_own_spare(block: Chunk) -> Chunk:

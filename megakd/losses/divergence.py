@@ -21,6 +21,7 @@ from megakd.losses.statistics import (
     RowLoss,
     check_logits,
     check_positive,
+    exp_,
     group_size_and_rank,
     logits_row_loss,
     sum_over_ranks,
@@ -38,9 +39,9 @@ class ForwardKL(RowLoss):
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         (student_CV, teacher_CV), (spare_CV, log_ratio_CV) = block.logits, block.spares
         max_C, teacher_max_C = state_SC
-        sum_C = torch.sub(student_CV, max_C[:, None], out=log_ratio_CV).exp_().sum(1)
+        sum_C = exp_(torch.sub(student_CV, max_C[:, None], out=log_ratio_CV)).sum(1)
         torch.sub(teacher_CV, student_CV, out=log_ratio_CV).add_((max_C - teacher_max_C)[:, None])
-        teacher_exp_CV = torch.sub(teacher_CV, teacher_max_C[:, None], out=spare_CV).exp_()
+        teacher_exp_CV = exp_(torch.sub(teacher_CV, teacher_max_C[:, None], out=spare_CV))
         return torch.stack([sum_C, teacher_exp_CV.sum(1), log_ratio_CV.mul_(teacher_exp_CV).sum(1)])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -51,7 +52,7 @@ class ForwardKL(RowLoss):
 
     def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
         for logits_CV, lse_C in zip(block.logits, saved_SC, strict=True):
-            logits_CV.sub_(lse_C[:, None]).exp_()
+            exp_(logits_CV.sub_(lse_C[:, None]))
         block.logits[0].sub_(block.logits[1])
 
 
@@ -64,9 +65,9 @@ class ReverseKL(RowLoss):
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         (student_CV, teacher_CV), (spare_CV, log_ratio_CV) = block.logits, block.spares
         max_C, teacher_max_C = state_SC
-        teacher_sum_C = torch.sub(teacher_CV, teacher_max_C[:, None], out=log_ratio_CV).exp_().sum(1)
+        teacher_sum_C = exp_(torch.sub(teacher_CV, teacher_max_C[:, None], out=log_ratio_CV)).sum(1)
         torch.sub(student_CV, teacher_CV, out=log_ratio_CV).add_((teacher_max_C - max_C)[:, None])
-        exp_CV = torch.sub(student_CV, max_C[:, None], out=spare_CV).exp_()
+        exp_CV = exp_(torch.sub(student_CV, max_C[:, None], out=spare_CV))
         return torch.stack([exp_CV.sum(1), teacher_sum_C, log_ratio_CV.mul_(exp_CV).sum(1)])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -81,7 +82,7 @@ class ReverseKL(RowLoss):
         student_CV, teacher_CV = block.logits
         lse_C, mean_C = saved_SC
         torch.sub(student_CV, teacher_CV, out=teacher_CV).sub_(mean_C[:, None])
-        student_CV.sub_(lse_C[:, None]).exp_().mul_(teacher_CV)
+        exp_(student_CV.sub_(lse_C[:, None])).mul_(teacher_CV)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class JensenShannon(RowLoss):
         if number == 0:
             return torch.stack(
                 [
-                    torch.sub(logits_CV, max_C[:, None], out=spare_CV).exp_().sum(1)
+                    exp_(torch.sub(logits_CV, max_C[:, None], out=spare_CV)).sum(1)
                     for logits_CV, max_C in zip(block.logits, state_SC, strict=True)
                 ]
             )
@@ -117,7 +118,7 @@ class JensenShannon(RowLoss):
         for logits_CV, its_max_C, sign in ((student_CV, max_C, 1.0), (teacher_CV, teacher_max_C, -1.0)):
             torch.sub(teacher_CV, student_CV, out=x_CV).add_(self._shift(state_SC)[:, None])
             _softplus_(x_CV if sign > 0 else x_CV.neg_())
-            parts.append(torch.sub(logits_CV, its_max_C[:, None], out=spare_CV).exp_().mul_(x_CV).sum(1))
+            parts.append(exp_(torch.sub(logits_CV, its_max_C[:, None], out=spare_CV)).mul_(x_CV).sum(1))
         return torch.stack(parts)
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -134,7 +135,7 @@ class JensenShannon(RowLoss):
         lse_C, shift_C, student_part_C = saved_SC
         x_CV = torch.sub(teacher_CV, student_CV, out=teacher_CV).add_(shift_C[:, None])
         part_CV = _softplus_(x_CV).sub_(student_part_C[:, None]).mul_(self.beta - 1.0)
-        student_CV.sub_(lse_C[:, None]).exp_().mul_(part_CV)
+        exp_(student_CV.sub_(lse_C[:, None])).mul_(part_CV)
 
     def _shift(self, state_SC: Tensor) -> Tensor:
         """What x is more than the teacher's logit less the student's. The logarithms of the sums are small beside large
@@ -145,7 +146,7 @@ class JensenShannon(RowLoss):
 
 def _softplus_(x: Tensor) -> Tensor:
     """log(1 + exp(x)) in place, but at most 80: beyond, the probability that it multiplies is below exp(-80)."""
-    return x.clamp_(max=80.0).exp_().log1p_()
+    return exp_(x.clamp_(max=80.0)).log1p_()
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,13 @@ class AdaptiveKL(RowLoss):
             torch.sub(student_CV, max_C1, out=student_exp_CV)
             torch.sub(teacher_CV, teacher_max_C1, out=teacher_exp_CV)
             torch.sub(student_exp_CV, teacher_exp_CV, out=log_ratio_CV)
-            local = [student_exp_CV.exp_().sum(1), teacher_exp_CV.exp_().sum(1)]
+            local = [exp_(student_exp_CV).sum(1), exp_(teacher_exp_CV).sum(1)]
             local += [student_exp_CV.mul_(log_ratio_CV).sum(1), teacher_exp_CV.mul_(log_ratio_CV).sum(1)]
             return torch.cat([torch.stack(local), self._candidates(teacher_CV, block.columns)])
         gap_CV, teacher_prob_CV, _ = block.spares
         lse_C1, teacher_lse_C1, _, _, last_C1, last_id_C1 = state_SC[:, :, None]
-        torch.sub(student_CV, lse_C1, out=gap_CV).exp_()
-        gap_CV.sub_(torch.sub(teacher_CV, teacher_lse_C1, out=teacher_prob_CV).exp_()).abs_()
+        exp_(torch.sub(student_CV, lse_C1, out=gap_CV))
+        gap_CV.sub_(exp_(torch.sub(teacher_CV, teacher_lse_C1, out=teacher_prob_CV))).abs_()
         gap_C = gap_CV.sum(1)
         first, width = block.columns.first, block.columns.width
         ids_V = torch.arange(first, first + width, device=gap_CV.device, dtype=gap_CV.dtype)
@@ -211,7 +212,7 @@ class AdaptiveKL(RowLoss):
         torch.exp(teacher_CV, out=teacher_prob_CV).mul_(head_share_C1)
         torch.sub(student_CV, teacher_CV, out=teacher_CV)
         teacher_CV.sub_(reverse_C1).mul_(1.0 - head_share_C1).add_(head_share_C1)
-        student_CV.exp_().mul_(teacher_CV).sub_(teacher_prob_CV)
+        exp_(student_CV).mul_(teacher_CV).sub_(teacher_prob_CV)
 
     def _candidates(self, teacher_CV: Tensor, columns: Columns) -> Tensor:
         """[2 G, C]: all ranks' candidates' logits, then ids; those of other ranks are 0, to be summed over ranks."""

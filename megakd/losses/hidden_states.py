@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megakd.errors import LossInputError
+from megakd.losses.combined import Softcapped
 from megakd.losses.statistics import (
     Chunk,
     Columns,
@@ -28,9 +29,10 @@ from megakd.losses.statistics import (
     check_positive,
     check_values,
     chunks,
-    evaluate,
+    give_gradient,
     group_size_and_rank,
     local_columns,
+    run_chunk,
     scratch,
     statistics_dtype,
 )
@@ -89,8 +91,9 @@ def hidden_row_loss(
         raise LossInputError(f"chunk_tokens = {settings.chunk_tokens}: it must be at least 1")
     if not torch.is_grad_enabled():
         settings = replace(settings, recompute=True)
+    cap = models[0].softcap
     plan = Plan(
-        loss,
+        loss if cap is None else Softcapped(loss, cap / settings.temperature),
         columns,
         settings,
         tuple(model.name for model in models),
@@ -137,9 +140,9 @@ class _FromHidden(torch.autograd.Function):
         gradients = None if plan.settings.recompute or not any(wanted) else _StudentGradients(heads, wanted)
         states = []
         for chunk in heads.chunks():
-            states.append(evaluate(plan.loss, chunk))
+            states.append(run_chunk(plan.loss, chunk, with_gradient=gradients is not None))
             if gradients is not None:
-                gradients.add(chunk, states[-1][1:], None)
+                gradients.add(chunk, torch.ones_like(states[-1][0]))
         state_ST = torch.cat(states, 1)
         check_values(state_ST[0], _named(plan, tensors))
         ctx.save_for_backward(state_ST[1:], *tensors)
@@ -163,7 +166,8 @@ class _FromHidden(torch.autograd.Function):
             heads = _Heads(ctx.plan, tensors)
             gradients = _StudentGradients(heads, wanted)
             for chunk in heads.chunks():
-                gradients.add(chunk, saved_ST[:, chunk.rows], upstream_T[chunk.rows])
+                give_gradient(ctx.plan.loss, chunk, saved_ST[:, chunk.rows])
+                gradients.add(chunk, upstream_T[chunk.rows])
             made = gradients.finish()
         student = (
             None if gradient is None else gradient.to(tensor.dtype)
@@ -196,6 +200,7 @@ class _Heads:
         self.tokens = self.models[0][0].shape[0]
         rows, device = min(self.tokens, plan.settings.chunk_tokens), tensors[0].device
         self.buffers, self.spares = scratch(plan.loss, rows, width, self.dtype, device)
+
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, which the caller may overwrite."""
         for rows in chunks(self.tokens, self.plan.settings.chunk_tokens):
@@ -225,24 +230,18 @@ class _StudentGradients:
         self.hidden_TH = torch.empty_like(hidden_TH, dtype=heads.dtype) if wanted[0] else None
         self.head_VH = torch.zeros(rows, head_VH.shape[1], dtype=heads.dtype, device=device) if wanted[1] else None
         self.bias_V = torch.zeros(rows, dtype=heads.dtype, device=device) if wanted[2] else None
-        self.slope = torch.empty_like(heads.spares[0]) if self.plan.softcaps[0] is not None else None
         self.works: list[dist.Work] = []
 
-    def add(self, chunk: Chunk, saved_SC: Tensor, weight_C: Tensor | None) -> None:
-        """Adds a chunk's gradients, for tokens of the given weights (None: all 1). Overwrites its logits.
+    def add(self, chunk: Chunk, weight_C: Tensor) -> None:
+        """Adds what follows from a chunk's d value / d logits, which stand in its student's logits, by its weights.
 
         Collectives: begins one SUM all-reduce of the chunk's d(hidden), which goes on beside the next chunk's products
         (one reduce-scatter of all d(hidden) at the end under sequence parallelism).
         """
         width, rows = self.plan.columns.width, chunk.rows
-        for part, block in chunk.blocks():
-            self._gradient(block, saved_SC[:, part])
         hidden_TH, head_VH, _ = self.heads.models[0]
         gradient_CV = chunk.logits[0].to(head_VH.dtype)
-        factor = self.plan.scales[0] / self.plan.settings.temperature
-        if weight_C is None:
-            weight_C = torch.ones(rows.stop - rows.start, dtype=self.heads.dtype, device=gradient_CV.device)
-        weight_C1 = (weight_C * factor)[:, None]
+        weight_C1 = (weight_C * (self.plan.scales[0] / self.plan.settings.temperature))[:, None]
         if self.hidden_TH is not None:
             _multiply(gradient_CV, head_VH, self.hidden_TH[rows]).mul_(weight_C1)
             if self.plan.columns.group is not None and not self.plan.settings.sequence_parallel:
@@ -253,17 +252,6 @@ class _StudentGradients:
             _multiply(gradient_CV.t(), weighted_CH, self.head_VH[:width], add=True)
         if self.bias_V is not None:
             self.bias_V[:width] += weight_C1[:, 0] @ chunk.logits[0]
-
-    def _gradient(self, block: Chunk, saved_SC: Tensor) -> None:
-        """d value / d logits before the softcap, over the student's logits of a block."""
-        student_CV, cap = block.logits[0], self.plan.softcaps[0]
-        if cap is None:
-            return self.plan.loss.gradient(block, saved_SC)
-        # The derivative of cap * tanh(x / cap) is 1 - (y / cap)^2; it has to be taken before the logits y are gone.
-        slope_CV = self.slope[: len(student_CV)]
-        torch.mul(student_CV, self.plan.settings.temperature / cap, out=slope_CV).square_().neg_().add_(1.0)
-        self.plan.loss.gradient(block, saved_SC)
-        student_CV.mul_(slope_CV)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients, when all chunks have been added."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import LossInputError
-from megakd.losses.statistics import Chunk, RowLoss, check_logits, logits_row_loss
+from megakd.losses.statistics import Chunk, RowLoss, check_logits, exp_, logits_row_loss
 
 
 class LogProb(RowLoss):
@@ -27,7 +27,7 @@ class LogProb(RowLoss):
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         (student_CV,), (spare_CV,), (max_C,) = block.logits, block.spares, state_SC
-        sum_C = torch.sub(student_CV, max_C[:, None], out=spare_CV).exp_().sum(1)
+        sum_C = exp_(torch.sub(student_CV, max_C[:, None], out=spare_CV)).sum(1)
         return torch.stack([sum_C, label_logits(student_CV, max_C, self.labels_T, block)])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -38,7 +38,7 @@ class LogProb(RowLoss):
 
     def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
         (student_CV,), (lse_C,) = block.logits, saved_SC
-        student_CV.sub_(lse_C[:, None]).exp_().neg_()
+        exp_(student_CV.sub_(lse_C[:, None])).neg_()
         add_at_labels(student_CV, self.labels_T, block)
 
 
