@@ -31,6 +31,10 @@ class WithLogProbs(RowLoss):
         self.inner_weights_T, self.log_prob_weights_T = inner_weights_T, log_prob_weights_T
         self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
 
+    @property
+    def maxima(self) -> int:
+        return self.inner.maxima
+
     def local_maxima(self, block: Chunk) -> Tensor:
         return self.inner.local_maxima(_without_own_spare(block))
 
@@ -84,6 +88,10 @@ class Softcapped(RowLoss):
         self.inner, self.cap = inner, cap
         self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
         self.reported = inner.reported
+
+    @property
+    def maxima(self) -> int:
+        return self.inner.maxima
 
     def local_maxima(self, block: Chunk) -> Tensor:
         return self.inner.local_maxima(_without_own_spare(block))

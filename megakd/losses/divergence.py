@@ -17,7 +17,6 @@ from torch import Tensor
 from megakd.errors import LossInputError
 from megakd.losses.statistics import (
     Chunk,
-    Columns,
     RowLoss,
     check_logits,
     check_positive,
@@ -156,49 +155,61 @@ class AdaptiveKL(RowLoss):
     Tokens by falling P, equal ones by rising id: the head is the longest prefix of a total of at most mu, and never
     empty. w_h is the head's share of sum |P - Q|, w_l = 1 - w_h.
 
-    The head is found from each rank's CANDIDATES most probable tokens. Where they are not enough for some row of
-    the chunk (a flat teacher, or ties), one more all-reduce brings those whole rows together: as exact, but slower.
-    Asking whether they are enough waits for the device.
+    Nothing is sorted but a few tokens. The first pass adds up P over BINS spans of logits between a row's smallest and
+    largest one, which tells the bin that the head ends in. The second pass adds up the gap of the bins before it, and
+    brings together that bin's own tokens, CANDIDATES of a rank at most. Where a rank has more of them (many equal
+    logits), further all-reduces bring those whole rows together: as exact, but slower. Asking whether that is so waits
+    for the device.
     """
 
-    CANDIDATES: ClassVar[int] = 64
-    """Sent along with the sums, in the same all-reduce."""
+    BINS: ClassVar[int] = 1024
+    CANDIDATES: ClassVar[int] = 256
+    SPAN: ClassVar[float] = 40.0
+    """Logits that are lower than a row's largest by more than this share the last bin."""
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 3
     passes: ClassVar[int] = 2
     mu: float
 
+    @property
+    def maxima(self) -> int:
+        return 3
+
+    def local_maxima(self, block: Chunk) -> Tensor:
+        """Of both models, and of the teacher's logits with their sign turned."""
+        student_CV, teacher_CV = block.logits
+        return torch.stack([student_CV.amax(1), teacher_CV.amax(1), -teacher_CV.amin(1)])
+
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         student_CV, teacher_CV = block.logits
-        if number == 0:
-            max_C1, teacher_max_C1 = state_SC[:, :, None]
-            student_exp_CV, teacher_exp_CV, log_ratio_CV = block.spares
-            torch.sub(student_CV, max_C1, out=student_exp_CV)
-            torch.sub(teacher_CV, teacher_max_C1, out=teacher_exp_CV)
-            torch.sub(student_exp_CV, teacher_exp_CV, out=log_ratio_CV)
-            local = [exp_(student_exp_CV).sum(1), exp_(teacher_exp_CV).sum(1)]
-            local += [student_exp_CV.mul_(log_ratio_CV).sum(1), teacher_exp_CV.mul_(log_ratio_CV).sum(1)]
-            return torch.cat([torch.stack(local), self._candidates(teacher_CV, block.columns)])
-        gap_CV, teacher_prob_CV, _ = block.spares
-        lse_C1, teacher_lse_C1, _, _, last_C1, last_id_C1 = state_SC[:, :, None]
-        exp_(torch.sub(student_CV, lse_C1, out=gap_CV))
-        gap_CV.sub_(exp_(torch.sub(teacher_CV, teacher_lse_C1, out=teacher_prob_CV))).abs_()
-        gap_C = gap_CV.sum(1)
-        first, width = block.columns.first, block.columns.width
-        ids_V = torch.arange(first, first + width, device=gap_CV.device, dtype=gap_CV.dtype)
-        in_head_CV = (teacher_CV > last_C1) | ((teacher_CV == last_C1) & (ids_V <= last_id_C1))
-        return torch.stack([gap_C, gap_CV.mul_(in_head_CV).sum(1)])
+        if number == 1:
+            return self._gaps(block, state_SC)
+        max_C1, teacher_max_C1 = state_SC[:2, :, None]
+        student_exp_CV, teacher_exp_CV, log_ratio_CV = block.spares
+        torch.sub(student_CV, max_C1, out=student_exp_CV)
+        torch.sub(teacher_CV, teacher_max_C1, out=teacher_exp_CV)
+        torch.sub(student_exp_CV, teacher_exp_CV, out=log_ratio_CV)
+        local = [exp_(student_exp_CV).sum(1), exp_(teacher_exp_CV).sum(1)]
+        local += [student_exp_CV.mul_(log_ratio_CV).sum(1)]
+        local += [log_ratio_CV.mul_(teacher_exp_CV).sum(1)]
+        mass_CB = teacher_CV.new_zeros(len(teacher_CV), self.BINS)
+        mass_CB.scatter_add_(1, self._bins(teacher_CV, *state_SC[1:3], out=log_ratio_CV), teacher_exp_CV)
+        return torch.cat([torch.stack(local), mass_CB.t()])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
         if number == 0:
+            max_C, teacher_max_C, teacher_low_C = state_SC
             sum_C, teacher_sum_C, reverse_C, forward_C = sums_SC[:4]
             log_ratio_C = sum_C.log() - teacher_sum_C.log()
             forward_C, reverse_C = log_ratio_C - forward_C / teacher_sum_C, reverse_C / sum_C - log_ratio_C
-            lse_RC = state_SC + sums_SC[:2].log()
-            last_C, last_id_C = self._head(chunk, sums_SC[4:], lse_RC[1])
-            return torch.stack([*lse_RC, reverse_C, forward_C, last_C, last_id_C])
+            lse_C, teacher_lse_C = max_C + sum_C.log(), teacher_max_C + teacher_sum_C.log()
+            totals_BC = (sums_SC[4:].double() / teacher_sum_C.double()).cumsum(0)
+            last_bin_C = (totals_BC <= self.mu).sum(0).clamp_(max=self.BINS - 1)
+            before_C = torch.cat([torch.zeros_like(totals_BC[:1]), totals_BC]).gather(0, last_bin_C[None])[0]
+            numbers = [lse_C, teacher_lse_C, reverse_C, forward_C, teacher_max_C, teacher_low_C, last_bin_C, before_C]
+            return torch.stack([number.to(max_C.dtype) for number in numbers])
         lse_C, teacher_lse_C, reverse_C, forward_C = state_SC[:4]
-        gap_C, head_gap_C = sums_SC
+        gap_C, head_gap_C = sums_SC[0], sums_SC[1] + self._gap_in_last_bin(state_SC, sums_SC[2:], chunk)
         # P = Q has no gap and no gradient: any share will do, 0 / tiny is one.
         head_share_C = head_gap_C / gap_C.clamp(min=torch.finfo(gap_C.dtype).tiny)
         value_C = head_share_C * forward_C + (1.0 - head_share_C) * reverse_C
@@ -208,69 +219,82 @@ class AdaptiveKL(RowLoss):
         (student_CV, teacher_CV), (teacher_prob_CV, _, _) = block.logits, block.spares
         lse_C1, teacher_lse_C1, reverse_C1, head_share_C1 = saved_SC[:, :, None]
         student_CV.sub_(lse_C1)
-        teacher_CV.sub_(teacher_lse_C1)
-        torch.exp(teacher_CV, out=teacher_prob_CV).mul_(head_share_C1)
-        torch.sub(student_CV, teacher_CV, out=teacher_CV)
+        exp_(torch.sub(teacher_CV, teacher_lse_C1, out=teacher_prob_CV)).mul_(head_share_C1)
+        torch.sub(student_CV, teacher_CV.sub_(teacher_lse_C1), out=teacher_CV)
         teacher_CV.sub_(reverse_C1).mul_(1.0 - head_share_C1).add_(head_share_C1)
         exp_(student_CV).mul_(teacher_CV).sub_(teacher_prob_CV)
 
-    def _candidates(self, teacher_CV: Tensor, columns: Columns) -> Tensor:
-        """[2 G, C]: all ranks' candidates' logits, then ids; those of other ranks are 0, to be summed over ranks."""
-        size, rank = group_size_and_rank(columns.group)
-        found = min(self.CANDIDATES, columns.width)
-        packed = teacher_CV.new_zeros(2, size, self.CANDIDATES, teacher_CV.shape[0])
+    def _bins(self, teacher_CV: Tensor, max_C: Tensor, low_C: Tensor, *, out: Tensor) -> Tensor:
+        """The bin of each local column: rises where the logit falls, is the same for equal logits."""
+        span_C = (max_C + low_C).clamp(min=1e-3, max=self.SPAN)
+        torch.sub(max_C[:, None], teacher_CV, out=out).mul_((self.BINS / span_C)[:, None])
+        return out.clamp_(max=self.BINS - 1).long()
+
+    def _gaps(self, block: Chunk, state_SC: Tensor) -> Tensor:
+        """|P - Q| of all tokens, of those in the bins before the head's last, and this rank's tokens in the last one.
+
+        The latter as [3 * ranks * CANDIDATES + 1, C]: logit, id and gap of each, 0 in the place of other ranks, then
+        how many did not fit.
+        """
+        (student_CV, teacher_CV), (gap_CV, spare_CV, _) = block.logits, block.spares
+        lse_C1, teacher_lse_C1 = state_SC[:2, :, None]
+        last_bin_C1 = state_SC[6, :, None]
+        exp_(torch.sub(student_CV, lse_C1, out=gap_CV))
+        gap_CV.sub_(exp_(torch.sub(teacher_CV, teacher_lse_C1, out=spare_CV))).abs_()
+        bins_CV = self._bins(teacher_CV, *state_SC[4:6], out=spare_CV)
+        rows_N, columns_N = (bins_CV == last_bin_C1).nonzero(as_tuple=True)
+        gaps_N, logits_N = gap_CV[rows_N, columns_N], teacher_CV[rows_N, columns_N]
+        gap_C = gap_CV.sum(1)
+        before_C = gap_CV.mul_(bins_CV < last_bin_C1).sum(1)
+
+        size, rank = group_size_and_rank(block.columns.group)
+        counts_C = torch.bincount(rows_N, minlength=len(gap_CV))
+        places_N = torch.arange(len(rows_N), device=rows_N.device) - (counts_C.cumsum(0) - counts_C)[rows_N]
+        fits_N = places_N < self.CANDIDATES
+        packed = gap_CV.new_zeros(3, size, self.CANDIDATES, len(gap_CV))
         packed[0, rank] = float("-inf")
-        if found:
-            values_CK, local_CK = _top(teacher_CV, found)
-            packed[0, rank, :found] = values_CK.t()
-            packed[1, rank, :found] = (local_CK + columns.first).t()  # float32 holds whole numbers up to 2^24
-        return packed.flatten(0, 2)
+        # float32 holds whole numbers up to 2^24.
+        for part, values_N in enumerate((logits_N, (columns_N + block.columns.first).to(gap_CV.dtype), gaps_N)):
+            packed[part, rank, places_N[fits_N], rows_N[fits_N]] = values_N[fits_N]
+        missing_C = (counts_C - self.CANDIDATES).clamp(min=0).to(gap_CV.dtype)
+        return torch.cat([torch.stack([gap_C, before_C]), packed.flatten(0, 2), missing_C[None]])
 
-    def _head(self, chunk: Chunk, packed: Tensor, teacher_lse_C: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's last token of each row: its logit and id [C]."""
-        columns, teacher_CV = chunk.columns, chunk.logits[1]
-        values_CG, ids_CG = packed.unflatten(0, (2, -1)).transpose(1, 2)
-        ids_CG, by_id_CG = ids_CG.sort(dim=1)
-        last_C1, last_id_C1 = self._last_of_head(values_CG.gather(1, by_id_CG), ids_CG, teacher_lse_C)
-        # A rank may have more tokens like its last candidate: unless that one is beyond the head, they are needed too.
-        smallest_C1 = values_CG.unflatten(1, (-1, self.CANDIDATES)).amin(2).amax(1, keepdim=True)
-        short_C = (smallest_C1 >= last_C1)[:, 0]
+    def _gap_in_last_bin(self, state_SC: Tensor, packed: Tensor, chunk: Chunk) -> Tensor:
+        """The head's gap [C] within its last bin."""
+        values_CG, ids_CG, gaps_CG = packed[:-1].unflatten(0, (3, -1)).transpose(1, 2)
+        lse_C, before_C = state_SC[1], state_SC[7]
+        order_CG, size_C1 = self._head(values_CG, ids_CG, lse_C, before_C)
+        places_G = torch.arange(values_CG.shape[1], device=values_CG.device)
+        gap_C = (gaps_CG.gather(1, order_CG) * (places_G < size_C1)).sum(1)
+        short_C = packed[-1] > 0
         if bool(short_C.any()):
-            whole = teacher_CV.new_zeros(int(short_C.sum()), columns.vocab_size)
-            whole[:, columns.first : columns.first + columns.width] = teacher_CV[short_C]
-            sum_over_ranks(whole, columns)
-            ids = torch.arange(columns.vocab_size, device=whole.device).to(whole.dtype).expand_as(whole)
-            last_C1[short_C], last_id_C1[short_C] = self._last_of_head(whole, ids, teacher_lse_C[short_C])
-        return last_C1[:, 0], last_id_C1[:, 0]
+            gap_C[short_C] = self._gap_of_whole_rows(state_SC[:, short_C], short_C, chunk)
+        return gap_C
 
-    def _last_of_head(self, values_CG: Tensor, ids_CG: Tensor, teacher_lse_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Logit and id [C, 1] of the head's last token among candidates that are ordered by id."""
-        values_CG, by_value_CG = values_CG.sort(dim=1, descending=True, stable=True)
-        totals_CG = (values_CG.double() - teacher_lse_C.double()[:, None]).exp().cumsum(1)
-        last_C1 = (totals_CG <= self.mu).sum(1, keepdim=True).sub_(1).clamp_(min=0)
-        return values_CG.gather(1, last_C1), ids_CG.gather(1, by_value_CG).gather(1, last_C1)
+    def _gap_of_whole_rows(self, state_SC: Tensor, rows_C: Tensor, chunk: Chunk) -> Tensor:
+        """`_gap_in_last_bin` of rows with too many tokens there. Two SUM all-reduces."""
+        columns, (student_CV, teacher_CV) = chunk.columns, (logits_CV[rows_C] for logits_CV in chunk.logits)
+        here = slice(columns.first, columns.first + columns.width)
+        gap_CV = (student_CV - state_SC[0][:, None]).exp() - (teacher_CV - state_SC[1][:, None]).exp()
+        bins_CV = self._bins(teacher_CV, *state_SC[4:6], out=torch.empty_like(teacher_CV))
+        whole = teacher_CV.new_zeros(2, len(teacher_CV), columns.vocab_size)
+        whole[0, :, here] = teacher_CV.masked_fill(bins_CV != state_SC[6][:, None], float("-inf"))
+        whole[1, :, here] = gap_CV.abs()
+        values, gaps = sum_over_ranks(whole, columns)
+        ids = torch.arange(columns.vocab_size, device=whole.device).to(whole.dtype).expand_as(values)
+        order, size_C1 = self._head(values, ids, state_SC[1], state_SC[7])
+        return (gaps.gather(1, order) * (ids < size_C1)).sum(1)
 
-
-def _top(logits_CV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row [C, count] and their columns; of equal ones at the edge, any.
-
-    They lie in the `count` spans of columns with the largest maxima: so many numbers are at least as large as the
-    maximum of any other span. Maxima cost one pass over the row, where `topk` of all of it costs many times that.
-    """
-    span = 64
-    spans, rest = divmod(logits_CV.shape[1], span)
-    if spans <= 2 * count:
-        return logits_CV.topk(count, dim=1)
-    whole_CSW = logits_CV[:, : spans * span].unflatten(1, (spans, span))
-    chosen_CK = whole_CSW.amax(2).topk(count, dim=1).indices
-    candidates_CN = whole_CSW.gather(1, chosen_CK[:, :, None].expand(-1, -1, span)).flatten(1)
-    columns_CN = (chosen_CK[:, :, None] * span + torch.arange(span, device=logits_CV.device)).flatten(1)
-    if rest:
-        last_V = torch.arange(spans * span, logits_CV.shape[1], device=logits_CV.device)
-        candidates_CN = torch.cat([candidates_CN, logits_CV[:, spans * span :]], 1)
-        columns_CN = torch.cat([columns_CN, last_V.expand(len(logits_CV), -1)], 1)
-    values_CK, places_CK = candidates_CN.topk(count, dim=1)
-    return values_CK, columns_CN.gather(1, places_CK)
+    def _head(
+        self, values_CG: Tensor, ids_CG: Tensor, lse_C: Tensor, before_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Order [C, G] of a bin's tokens, and how many [C, 1] of them belong to the head; -inf stands for no token."""
+        by_id_CG = ids_CG.argsort(dim=1, stable=True)
+        by_value_CG = values_CG.gather(1, by_id_CG).argsort(dim=1, descending=True, stable=True)
+        order_CG = by_id_CG.gather(1, by_value_CG)
+        totals_CG = (values_CG.gather(1, order_CG).double() - lse_C.double()[:, None]).exp().cumsum(1)
+        sizes_C1 = (totals_CG + before_C.double()[:, None] <= self.mu).sum(1, keepdim=True)
+        return order_CG, torch.where(before_C[:, None] > 0, sizes_C1, sizes_C1.clamp(min=1))
 
 
 def row_divergence(kind: str, *, beta: float, mu: float) -> RowLoss:

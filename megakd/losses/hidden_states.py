@@ -228,7 +228,7 @@ class _StudentGradients:
         hidden_TH, head_VH, _ = heads.models[0]
         rows, device = self.plan.columns.head_rows, hidden_TH.device
         self.hidden_TH = torch.empty_like(hidden_TH, dtype=heads.dtype) if wanted[0] else None
-        self.head_VH = torch.zeros(rows, head_VH.shape[1], dtype=heads.dtype, device=device) if wanted[1] else None
+        self.head_VH = torch.empty(rows, head_VH.shape[1], dtype=heads.dtype, device=device) if wanted[1] else None
         self.bias_V = torch.zeros(rows, dtype=heads.dtype, device=device) if wanted[2] else None
         self.works: list[dist.Work] = []
 
@@ -249,7 +249,10 @@ class _StudentGradients:
                 self.works.append(dist.all_reduce(self.hidden_TH[rows], group=group, async_op=True))
         if self.head_VH is not None:
             weighted_CH = (hidden_TH[rows] * weight_C1).to(gradient_CV.dtype)
-            _multiply(gradient_CV.t(), weighted_CH, self.head_VH[:width], add=True)
+            # The first chunk's product is written, not added: a pass over zeros is saved.
+            _multiply(gradient_CV.t(), weighted_CH, self.head_VH[:width], add=rows.start > 0)
+            if rows.start == 0:
+                self.head_VH[width:].zero_()
         if self.bias_V is not None:
             self.bias_V[:width] += weight_C1[:, 0] @ chunk.logits[0]
 

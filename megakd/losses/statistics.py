@@ -95,6 +95,11 @@ class RowLoss:
     reported: ClassVar[int] = 0
     """Number of further values a token, at the end of the state, that the caller is told."""
 
+    @property
+    def maxima(self) -> int:
+        """Number of maxima a token that it begins with."""
+        return self.roles
+
     def local_maxima(self, block: Chunk) -> Tensor:
         """Maxima [., C] over the local columns, of which there is at least one: each model's, if not said otherwise."""
         return torch.stack([logits_CV.amax(1) for logits_CV in block.logits])
@@ -152,7 +157,7 @@ def row_maxima(loss: RowLoss, chunk: Chunk) -> Tensor:
         maxima_SC = torch.cat([loss.local_maxima(block) for block in blocks], 1)
     else:
         tokens = chunk.rows.stop - chunk.rows.start
-        maxima_SC = chunk.logits[0].new_full((loss.roles, tokens), float("-inf"))
+        maxima_SC = chunk.logits[0].new_full((loss.maxima, tokens), float("-inf"))
     if chunk.columns.group is not None:
         dist.all_reduce(maxima_SC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
     return maxima_SC
