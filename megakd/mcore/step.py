@@ -1,4 +1,4 @@
-"""Forward and backward of one optimizer step on megatron-core's schedules, and the one place that divides a loss.
+"""Forward and backward of one optimizer step on megatron-core's schedules, and how its loss is divided.
 
 Legend: S packed positions, B = 1 row, T loss positions, H hidden width, K a teacher's hidden width.
 
