@@ -129,7 +129,7 @@ def _megakd(inputs: Inputs, chunk: int | None) -> Outcome:
         case "advantage":
             value = losses.fused_expected_advantage(*student, *teachers, **settings)
         case "dpo":
-            logp_T = losses.fused_token_log_probs(*student, inputs.labels_T, **settings)
+            logp_T = losses.fused_token_log_probs(*student, inputs.labels_T, recompute=True, **settings)
             with torch.no_grad():
                 ref_logp_T = losses.fused_token_log_probs(*teachers, inputs.labels_T, **settings)
             rows_T = torch.arange(2 * inputs.pairs).repeat_interleave(inputs.sequence)
