@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megakd import losses
 from megakd.errors import LossInputError
@@ -24,6 +26,36 @@ def test_values_and_gradients(loss, fused):
         loss_cases.check(case, [loss_cases.run(case)])
         for chunk in (1, 4, 13, 1000) if fused and not case.label else ():
             loss_cases.check(replace(case, chunk=chunk), [loss_cases.run(replace(case, chunk=chunk))])
+
+
+@st.composite
+def cases(draw):
+    """Any shapes, masks, chunks, temperatures and ways to make logits."""
+    loss, fused = draw(st.sampled_from(loss_cases.LOSSES)), draw(st.booleans())
+    columns = draw(st.integers(2, 90))
+    case = loss_cases.Case(
+        loss, fused, tokens=draw(st.integers(0, 12)), columns=columns, chunk=draw(st.integers(1, 15)),
+        vocab=draw(st.none() | st.integers(2, columns)), beta=draw(st.floats(0.05, 0.95)),
+        mu=draw(st.floats(0.0, 0.99)), equal_weights=draw(st.booleans()), label="drawn",
+    )
+    if loss in loss_cases.DIVERGENCES:
+        case = replace(case, temperature=draw(st.floats(0.5, 3.0)))
+    if fused:
+        softcap = draw(st.none() | st.floats(1.0, 20.0))
+        case = replace(case, bias=draw(st.booleans()), scale=draw(st.floats(0.3, 2.0)), softcap=softcap,
+                       recompute=draw(st.booleans()))
+        case = replace(case, with_log_probs=loss in loss_cases.DIVERGENCES and draw(st.booleans()))
+    return case
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_any_shapes_masks_and_settings(case):
+    """In float64, where no rounding stands between a wrong formula and its discovery."""
+    case = replace(case, dtype=torch.float64)
+    if case.with_log_probs:
+        case = replace(case, equal_weights=False)
+    loss_cases.check(case, [loss_cases.run(case)], tolerance=1e-9)
 
 
 @FORMS
