@@ -15,7 +15,22 @@ from megakd.losses.likelihood import add_at_labels, label_logits, outside_is_nan
 from megakd.losses.statistics import Chunk, RowLoss, exp_
 
 
-class WithLogProbs(RowLoss):
+class _Around(RowLoss):
+    """A row loss that keeps one more spare than the one inside it, whose maxima are its own."""
+
+    def __init__(self, inner: RowLoss):
+        self.inner = inner
+        self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
+
+    @property
+    def maxima(self) -> int:
+        return self.inner.maxima
+
+    def local_maxima(self, block: Chunk) -> Tensor:
+        return self.inner.local_maxima(_without_own_spare(block))
+
+
+class WithLogProbs(_Around):
     """Row loss `w * D + v * log Q(label)` for a row loss D of a teacher and the student Q; reports D and log Q(label).
 
     Its gradient adds `v (1[label] - Q)` to that of `w * D`. D is taken of logits that are divided by the temperature,
@@ -27,16 +42,9 @@ class WithLogProbs(RowLoss):
     def __init__(
         self, inner: RowLoss, labels_T: Tensor, inner_weights_T: Tensor, log_prob_weights_T: Tensor, temperature: float
     ):
-        self.inner, self.labels_T, self.temperature = inner, labels_T, temperature
+        super().__init__(inner)
+        self.labels_T, self.temperature = labels_T, temperature
         self.inner_weights_T, self.log_prob_weights_T = inner_weights_T, log_prob_weights_T
-        self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
-
-    @property
-    def maxima(self) -> int:
-        return self.inner.maxima
-
-    def local_maxima(self, block: Chunk) -> Tensor:
-        return self.inner.local_maxima(_without_own_spare(block))
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         if number > 0:
@@ -81,20 +89,12 @@ class WithLogProbs(RowLoss):
         return self.inner_weights_T[chunk.rows].to(dtype), self.log_prob_weights_T[chunk.rows].to(dtype)
 
 
-class Softcapped(RowLoss):
+class Softcapped(_Around):
     """A row loss of logits y = cap * tanh(x / cap), whose gradient is that by x: 1 - (y / cap)^2 times that by y."""
 
     def __init__(self, inner: RowLoss, cap: float):
-        self.inner, self.cap = inner, cap
-        self.roles, self.spares, self.passes = inner.roles, inner.spares + 1, inner.passes
-        self.reported = inner.reported
-
-    @property
-    def maxima(self) -> int:
-        return self.inner.maxima
-
-    def local_maxima(self, block: Chunk) -> Tensor:
-        return self.inner.local_maxima(_without_own_spare(block))
+        super().__init__(inner)
+        self.cap, self.reported = cap, inner.reported
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         return self.inner.local_sums(number, _without_own_spare(block), state_SC)
