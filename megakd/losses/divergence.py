@@ -97,12 +97,12 @@ class JensenShannon(RowLoss):
     """
 
     roles: ClassVar[int] = 2
-    spares: ClassVar[int] = 2
+    spares: ClassVar[int] = 3
     passes: ClassVar[int] = 2
     beta: float
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
-        spare_CV, x_CV = block.spares
+        spare_CV, x_CV, softplus_CV = block.spares
         if number == 0:
             return torch.stack(
                 [
@@ -112,12 +112,16 @@ class JensenShannon(RowLoss):
             )
         student_CV, teacher_CV = block.logits
         max_C, teacher_max_C = state_SC[:2]
-        parts = []
-        # Q softplus(x), then P softplus(-x), both without their normalisers.
-        for logits_CV, its_max_C, sign in ((student_CV, max_C, 1.0), (teacher_CV, teacher_max_C, -1.0)):
-            torch.sub(teacher_CV, student_CV, out=x_CV).add_(self._shift(state_SC)[:, None])
-            _softplus_(x_CV if sign > 0 else x_CV.neg_())
-            parts.append(exp_(torch.sub(logits_CV, its_max_C[:, None], out=spare_CV)).mul_(x_CV).sum(1))
+        torch.sub(teacher_CV, student_CV, out=x_CV).add_(self._shift(state_SC)[:, None])
+        _softplus_of_minus_abs(x_CV, out=spare_CV)
+        torch.clamp(x_CV, min=0.0, out=softplus_CV).add_(spare_CV)
+        softplus_of_minus_CV = x_CV.neg_().clamp_(min=0.0).add_(spare_CV)
+        parts = [
+            exp_(torch.sub(logits_CV, its_max_C[:, None], out=spare_CV)).mul_(factor_CV).sum(1)
+            for logits_CV, its_max_C, factor_CV in (
+                (student_CV, max_C, softplus_CV), (teacher_CV, teacher_max_C, softplus_of_minus_CV)
+            )
+        ]
         return torch.stack(parts)
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
@@ -133,7 +137,8 @@ class JensenShannon(RowLoss):
         student_CV, teacher_CV = block.logits
         lse_C, shift_C, student_part_C = saved_SC
         x_CV = torch.sub(teacher_CV, student_CV, out=teacher_CV).add_(shift_C[:, None])
-        part_CV = _softplus_(x_CV).sub_(student_part_C[:, None]).mul_(self.beta - 1.0)
+        tail_CV = _softplus_of_minus_abs(x_CV, out=block.spares[0])
+        part_CV = x_CV.clamp_(min=0.0).add_(tail_CV).sub_(student_part_C[:, None]).mul_(self.beta - 1.0)
         exp_(student_CV.sub_(lse_C[:, None])).mul_(part_CV)
 
     def _shift(self, state_SC: Tensor) -> Tensor:
@@ -143,9 +148,9 @@ class JensenShannon(RowLoss):
         return (max_C - teacher_max_C) + (log_sum_C - teacher_log_sum_C + math.log(self.beta / (1.0 - self.beta)))
 
 
-def _softplus_(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) in place, but at most 80: beyond, the probability that it multiplies is below exp(-80)."""
-    return exp_(x.clamp_(max=80.0)).log1p_()
+def _softplus_of_minus_abs(x: Tensor, *, out: Tensor) -> Tensor:
+    """log(1 + exp(-|x|)), which softplus(x) is more than max(x, 0), and softplus(-x) more than max(-x, 0)."""
+    return exp_(torch.abs(x, out=out).neg_()).log1p_()
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def fused_token_log_probs(
         recompute: False makes the gradient in the forward pass, the least work where the backward pass weighs all
             tokens alike (a sum or a mean). True makes logits again in the backward pass: for a caller that weighs
             tokens one by one, as preference losses do. The result is the same.
-        sequence_parallel: `hidden_TH` is this rank's share [T / TP, H] of the tokens; its gradient is, too.
+        sequence_parallel: `hidden_TH` is this rank's share [T / TP, H] of the tokens, equally large on every rank; its
+            gradient is, too.
 
     Returns:
         logp_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank (this rank's share
@@ -64,12 +65,14 @@ def fused_token_log_probs(
     reduce-scatter of d(hidden) instead of these.
 
     Raises:
-        LossInputError: shapes that do not match, labels out of range or numbers that are not finite (on CPU tensors; a
-            NaN value on others), vocab_size beyond the head.
+        LossInputError: shapes that do not match, T that does not divide by the group's size under sequence parallelism,
+            labels out of range or numbers that are not finite (on CPU tensors; a NaN value on others), vocab_size
+            beyond the head.
     """
     models = [HeadInput("", hidden_TH, head_VH, bias_V, logit_scale, logit_softcap)]
     columns = check_models(models, tp_group, vocab_size)
-    check_labels(labels_T, all_tokens(hidden_TH, columns, sequence_parallel), columns.vocab_size)
+    tokens = all_tokens(models[0], labels_T, columns, sequence_parallel)
+    check_labels(labels_T, tokens, columns.vocab_size)
     settings = Settings(chunk_tokens, temperature, recompute, sequence_parallel)
     return hidden_row_loss(LogProb(labels_T), models, columns, settings)[0]
 
@@ -233,7 +236,7 @@ def fused_distillation(
         logit_softcap,
     )
     columns = check_models(models, tp_group, vocab_size)
-    tokens = all_tokens(student_hidden_TH, columns, sequence_parallel)
+    tokens = all_tokens(models[0], labels_T, columns, sequence_parallel)
     check_labels(labels_T, tokens, columns.vocab_size)
     for name, tensor in (("divergence", divergence_weights_T), ("log_prob", log_prob_weights_T)):
         if tensor.shape != (tokens,) or not tensor.is_floating_point():

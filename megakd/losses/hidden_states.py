@@ -127,9 +127,21 @@ def check_models(models: Sequence[HeadInput], tp_group: dist.ProcessGroup | None
     return local_columns(widths, tp_group, vocab_size)
 
 
-def all_tokens(hidden_TH: Tensor, columns: Columns, sequence_parallel: bool) -> int:
-    """Number T of tokens, of which `hidden_TH` is this rank's share under sequence parallelism."""
-    return len(hidden_TH) * (group_size_and_rank(columns.group)[0] if sequence_parallel else 1)
+def all_tokens(student: HeadInput, labels_T: Tensor, columns: Columns, sequence_parallel: bool) -> int:
+    """Number T of tokens, of which the hidden states are this rank's share under sequence parallelism.
+
+    Raises:
+        LossInputError: the ranks' shares do not make up the labels, as where their number does not divide.
+    """
+    size, _ = group_size_and_rank(columns.group)
+    rows = len(student.hidden_TH)
+    if not sequence_parallel:
+        return rows
+    if len(labels_T) != rows * size:
+        found = f"{student.name}hidden has {rows} rows on each of {size} ranks, and labels_T is {list(labels_T.shape)}"
+        rule = f"with sequence_parallel T must be {size} equal shares; fill T up to a multiple of {size}"
+        raise LossInputError(f"{found}: {rule}")
+    return rows * size
 
 
 class _FromHidden(torch.autograd.Function):

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from megakd.errors import LossInputError
 
 LOGITS_CHUNK_TOKENS = 512
-BLOCK_NUMBERS = 1 << 18
+BLOCK_NUMBERS = 3 << 17
 """Elements of a block on a CPU: the least at which the calls themselves no longer count beside the work (measured)."""
 LOG2_E = math.log2(math.e)
 LOWEST_LOGIT = -1e3

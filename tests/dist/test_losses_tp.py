@@ -188,3 +188,20 @@ def _other_width():
 def test_a_teacher_that_is_cut_elsewhere_is_refused():
     right = "teacher_TV has 7 local columns and student_TV 8: they must be padded alike when cut over 2 ranks"
     assert run_ranks(2, _other_width) == [right, right]
+
+
+def _uneven_shares():
+    group = subgroup((0, 1))
+    hidden_TH, head_VH = torch.zeros(4, 3), torch.zeros(5, 3)
+    labels_T = torch.zeros(7, dtype=torch.int64)
+    try:
+        losses.fused_token_log_probs(hidden_TH, head_VH, labels_T, tp_group=group, sequence_parallel=True)
+    except LossInputError as error:
+        return str(error)
+    return ""
+
+
+def test_tokens_that_do_not_divide_by_the_group_are_refused_under_sequence_parallelism():
+    found = "hidden has 4 rows on each of 2 ranks, and labels_T is [7]"
+    right = f"{found}: with sequence_parallel T must be 2 equal shares; fill T up to a multiple of 2"
+    assert run_ranks(2, _uneven_shares) == [right, right]
