@@ -31,7 +31,7 @@ from megakd.errors import LossInputError
 
 LOGITS_CHUNK_TOKENS = 512
 BLOCK_NUMBERS = 3 << 17
-"""Elements of a block on a CPU: the least at which the calls themselves no longer count beside the work (measured)."""
+"""Elements of a block on a CPU: the fewest at which the calls themselves no longer count beside the work (measured)."""
 LOG2_E = math.log2(math.e)
 LOWEST_LOGIT = -1e3
 """Logits given as tensors count as this where they are lower (-inf included): exp is exactly 0 at it and differences
