@@ -28,15 +28,16 @@ def dpo(
 
     Args:
         chosen_P, rejected_P: sequence log-probabilities (sums over response tokens) under the policy.
-        ref_chosen_P, ref_rejected_P: the same under the reference.
+        ref_chosen_P, ref_rejected_P: the same under the reference; no gradient goes to them.
         beta: scale of the rewards.
         label_smoothing: share of pairs taken to be labelled the wrong way round.
 
     Returns:
-        loss_P. No collectives.
+        loss_P, float32 (float64 for float64 log-probabilities). No collectives.
 
     Raises:
-        LossInputError: shapes that do not match, label_smoothing outside [0, 0.5).
+        LossInputError: shapes that do not match, beta not positive, label_smoothing outside [0, 0.5); on CPU tensors
+            also log-probabilities that are not finite (elsewhere the loss is then not finite either).
     """
     margins_P = reward_margins(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta=beta)
     return dpo_from_margins(margins_P, label_smoothing=label_smoothing)
@@ -49,21 +50,21 @@ def reward_margins(
 
     Arguments and errors are those of `dpo`.
     """
-    others = {"rejected_P": rejected_P, "ref_chosen_P": ref_chosen_P, "ref_rejected_P": ref_rejected_P}
-    for name, tensor in others.items():
-        if tensor.shape != chosen_P.shape or tensor.dim() != 1:
-            shapes = f"{list(tensor.shape)} and chosen_P {list(chosen_P.shape)}"
-            raise LossInputError(f"{name} is {shapes}: all must be [P], one number a pair")
-    return beta * ((chosen_P - ref_chosen_P) - (rejected_P - ref_rejected_P))
+    check_positive("beta", beta)
+    dtype = statistics_dtype(chosen_P)
+    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P = _scores(
+        chosen_P=chosen_P, rejected_P=rejected_P, ref_chosen_P=ref_chosen_P, ref_rejected_P=ref_rejected_P
+    )
+    return (beta * ((chosen_P - ref_chosen_P.detach()) - (rejected_P - ref_rejected_P.detach()))).to(dtype)
 
 
 def dpo_from_margins(margins_P: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The DPO loss of given reward margins, for a caller that also reports them."""
     if not 0.0 <= label_smoothing < 0.5:
         raise LossInputError(f"label_smoothing = {label_smoothing}: it must be in [0, 0.5)")
-    loss_P = F.softplus(-margins_P)
+    loss_P = -F.logsigmoid(margins_P)
     if label_smoothing:
-        loss_P = (1.0 - label_smoothing) * loss_P + label_smoothing * F.softplus(margins_P)
+        loss_P = (1.0 - label_smoothing) * loss_P - label_smoothing * F.logsigmoid(-margins_P)
     return loss_P
 
 
