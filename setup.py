@@ -33,6 +33,7 @@ setup(
         "sentencepiece>=0.2",
         "pyarrow>=15",
         "tqdm>=4.66",
+        "rapidfuzz>=3.9",
     ],
     extras_require={
         # Both build against the CUDA torch that is installed; see docs/gpu_status.md.

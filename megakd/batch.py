@@ -7,6 +7,7 @@ Legend: B sequences of a micro-batch, P packed positions, T loss positions of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +24,7 @@ class Kind(IntEnum):
     CHOSEN = 0
     REJECTED = 1
     ROLLOUT = 2
+    TEACHER_ANSWER = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sample:
     tokens: tuple[int, ...]
     prompt_length: int
     kind: Kind
+    score: float = math.nan
+    """The teacher's score of the response, where a `score` stage has given it one."""
 
     def __post_init__(self):
         if not 1 <= self.prompt_length <= len(self.tokens):
@@ -78,7 +82,8 @@ class Batch:
     (`Padding`) the filling is one sequence more in `cu_seqlens` (int32, B + 1 or B + 2 numbers), with no loss.
     `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
     to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
-    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch.
+    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `scores_B`
+    (float64) are the teacher's scores, NaN where there are none.
     """
 
     tokens_P: Tensor
@@ -90,6 +95,7 @@ class Batch:
     kinds_B: Tensor
     sample_ids_B: Tensor
     group_ids_B: Tensor
+    scores_B: Tensor
 
     @cached_property
     def positions(self) -> LossPositions:
@@ -99,9 +105,11 @@ class Batch:
         return LossPositions(places_T, rows_T, self.labels_P[places_T], self.kinds_B[rows_T])
 
     def counts(self) -> dict[str, int]:
-        """The denominators that this micro-batch adds to: `tokens`, `<kind>_tokens` for each kind, and `groups`."""
+        """The denominators that this micro-batch adds to: `tokens` and `groups`, and for each kind `<kind>_tokens` and
+        `<kind>_answers`, which are sequences."""
         kinds_T = self.positions.kinds_T
         counts = {f"{kind.name.lower()}_tokens": int((kinds_T == kind).sum()) for kind in Kind}
+        counts |= {f"{kind.name.lower()}_answers": int((self.kinds_B == kind).sum()) for kind in Kind}
         return {"tokens": kinds_T.numel(), "groups": int(self.group_ids_B.max()) + 1, **counts}
 
 
@@ -201,8 +209,9 @@ def collate(
     position_ids_P = torch.cat([torch.arange(length) for length in lengths])
     integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat]]
     kinds_B, sample_ids_B, group_ids_B = (torch.tensor(values, device=device) for values in integers)
+    scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64, device=device)
     packed = (tokens_P, labels_P, loss_mask_P, position_ids_P, torch.tensor(cu_seqlens, dtype=torch.int32))
-    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B)
+    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B, scores_B)
 
 
 @dataclass(frozen=True)
@@ -227,11 +236,13 @@ class Step:
     @cached_property
     def counts(self) -> dict[str, int]:
         """The denominators of the whole step: those of `Batch.counts`, added up over all micro-batches."""
-        counts = {f"{kind.name.lower()}_tokens": 0 for kind in Kind}
-        for group in self.groups:
-            for sample in group.samples:
-                counts[f"{sample.kind.name.lower()}_tokens"] += len(sample.tokens) - sample.prompt_length
-        return {"tokens": sum(counts.values()), "groups": len(self.groups), **counts}
+        samples = [sample for group in self.groups for sample in group.samples]
+        counts = {"tokens": 0, "groups": len(self.groups)}
+        for kind in Kind:
+            lengths = [len(sample.tokens) - sample.prompt_length for sample in samples if sample.kind == kind]
+            counts |= {f"{kind.name.lower()}_tokens": sum(lengths), f"{kind.name.lower()}_answers": len(lengths)}
+            counts["tokens"] += sum(lengths)
+        return counts
 
     @property
     def all_tokens(self) -> int:

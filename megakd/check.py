@@ -14,7 +14,16 @@ from pathlib import Path
 import yaml
 
 from megakd.batch import Kind
-from megakd.config import MODEL_OF_RUN, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage, check_world
+from megakd.config import (
+    MODEL_OF_RUN,
+    EvalStage,
+    ExportStage,
+    GenerateStage,
+    Recipe,
+    ScoreStage,
+    TrainStage,
+    check_world,
+)
 from megakd.data.dataset import preference_groups, prompts, read_rows
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
@@ -142,7 +151,11 @@ def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
         match stage:
             case TrainStage():
                 models[f"{field}.init"] = (stage.init, stage.trains)
-            case GenerateStage() | ExportStage():
+            case GenerateStage():
+                models[f"{field}.model"] = (stage.model, stage.role)
+            case ScoreStage():
+                models[f"{field}.model"] = (stage.model, "teacher")
+            case ExportStage():
                 models[f"{field}.model"] = (stage.model, "student")
             case EvalStage():
                 models |= {f"{field}.models.{label}": (model, "student") for label, model in stage.models.items()}
@@ -167,14 +180,34 @@ def check_models(recipe: Recipe) -> None:
             check_weights(directory, architectures[directory])
         architecture, cut = architectures[directory], recipe.role(role).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, role)
-        if recipe.data.max_length > architecture.max_positions:
+        name, length = longest_of(recipe, field)
+        if length > architecture.max_positions:
             raise ConfigError(
-                "data.max_length",
-                recipe.data.max_length,
+                name,
+                length,
                 f"{directory} has a context of {architecture.max_positions} tokens",
                 f"Use at most {architecture.max_positions}",
             )
     check_vocabularies(recipe, architectures)
+
+
+def longest_of(recipe: Recipe, field: str) -> tuple[str, int]:
+    """The setting with the longest sequence that the model of a field is given, and its value."""
+    for stage in recipe.stages:
+        if isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model":
+            return f"stages.{stage.name}.max_length", stage.max_length
+    return "data.max_length", recipe.data.max_length
+
+
+def reads_texts(recipe: Recipe, field: str) -> bool:
+    """Whether the model of a field only ever reads texts, and may so have another tokenizer than the run's."""
+    if field != "teacher.model":
+        return any(isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model" for stage in recipe.stages)
+    scored = any(isinstance(stage, ScoreStage) for stage in recipe.stages)
+    return scored and not any(
+        isinstance(stage, EvalStage) or (isinstance(stage, TrainStage) and "teacher" in stage.objective.roles)
+        for stage in recipe.stages
+    )
 
 
 def check_weights(directory: Path, architecture: Architecture) -> None:
@@ -186,8 +219,11 @@ def check_weights(directory: Path, architecture: Architecture) -> None:
 
 
 def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) -> None:
-    """Refuses models that do not read and write the same ids."""
-    first, *others = architectures  # the reference's, which gives the run its tokenizer
+    """Refuses models that do not read and write the same ids, unless they only read texts."""
+    # The reference's is the first, which gives the run its tokenizer.
+    directories = [directory_behind(recipe, model) for field, (model, _) in models_of(recipe).items()
+                   if not reads_texts(recipe, field)]
+    first, *others = dict.fromkeys(directories)
     own = load_tokenizer(first, chat_template=recipe.data.chat_template)
     for directory in others:
         require_same(own, load_tokenizer(directory, chat_template=recipe.data.chat_template))
@@ -226,7 +262,8 @@ def check_rows(recipe: Recipe) -> None:
     if trains or generates:
         rows = read_rows(data.train, data.train_rows, recipe.seed)
         for stage in trains:
-            kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind is not Kind.ROLLOUT]
+            given = (Kind.CHOSEN, Kind.REJECTED)
+            kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind in given]
             groups = preference_groups(rows, tokenizer, kinds, **limits)
             if stage.global_batch > len(groups):
                 rule = f"the data give {len(groups)} groups, fewer than one step takes"

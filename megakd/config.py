@@ -1,4 +1,6 @@
-"""A recipe: what a run does, checked before anything starts. The only place with defaults; imports no torch.
+"""A recipe: what a run does, checked before anything starts. Imports no torch.
+
+This file and config_objectives.py are the only places with defaults.
 
 Precedence: the defaults here < the recipe file < dotted overrides on the command line (`student.parallel.tensor=2`).
 Every error is a `ConfigError` with the field's dotted name.
@@ -8,23 +10,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from megakd.config_base import Section
 from megakd.config_errors import as_config_error
+from megakd.config_objectives import Objective
 from megakd.errors import ConfigError
 from megakd.layout import Layout
 
 MODEL_OF_RUN = "run:"
 """A model written `run:NAME` is the one that an earlier stage of the same run saved as NAME."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, an unknown key is an error, and so is a number that is not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- roles
@@ -82,49 +80,6 @@ class Data(Section):
     """What happens to a longer one: the run is refused, or it is dropped and counted."""
 
 
-# ----------------------------------------------------------------------------------------------------- objectives
-class SftObjective(Section):
-    """Negative log-likelihood of the chosen answer."""
-
-    teachers: ClassVar[tuple[str, ...]] = ()
-    """Roles whose models it takes, besides the trained one (the objective's `requires.teachers`)."""
-    kind: Literal["sft"] = "sft"
-
-
-class DpoObjective(Section):
-    """Direct preference optimization against the reference role."""
-
-    teachers: ClassVar[tuple[str, ...]] = ("reference",)
-    kind: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen answer's negative log-likelihood added to the loss."""
-
-
-class DckdObjective(Section):
-    """Dual-constrained distillation: SFT on the chosen answer + alpha * KL(teacher || student) on both answers."""
-
-    teachers: ClassVar[tuple[str, ...]] = ("teacher",)
-    kind: Literal["dckd"] = "dckd"
-    alpha: float = Field(0.2, ge=0)
-    sft_weight: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-
-
-class AdpaObjective(Section):
-    """Advantage-based distillation: SFT on the chosen answer - gamma * E[advantage] on the student's own rollouts."""
-
-    teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
-    kind: Literal["adpa"] = "adpa"
-    gamma: float = Field(1.5, ge=0)
-    beta: float = Field(1.0, gt=0)
-    sft_weight: float = Field(1.0, ge=0)
-
-
-Objective = Annotated[SftObjective | DpoObjective | DckdObjective | AdpaObjective, Field(discriminator="kind")]
-
-
 # --------------------------------------------------------------------------------------------------------- stages
 class Optimizer(Section):
     """AdamW with a cosine schedule."""
@@ -158,7 +113,11 @@ class TrainStage(Stage):
     save_as: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     objective: Objective
     rollouts: str | None = None
-    """Name of the `generate` stage whose rollouts the objective takes."""
+    """Name of the `generate` stage with the student's own answers, where the objective takes them."""
+    teacher_answers: str | None = None
+    """Name of the `generate` stage with the teacher's answers, where the objective takes them."""
+    scores: str | None = None
+    """Name of the `score` stage with the teacher's scores of the rollouts, where the objective takes them."""
     optimizer: Optimizer = Optimizer()
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
@@ -173,7 +132,14 @@ class GenerateStage(Stage):
     """Lets a model answer the training prompts; writes `stages/<name>/rollouts.jsonl`."""
 
     kind: Literal["generate"]
+    role: Literal["student", "teacher"] = "student"
+    """Whose layout the model has."""
     model: str
+    n: int = Field(1, ge=1)
+    """Answers drawn for each prompt."""
+    keep: int | None = Field(None, ge=2)
+    """How many of them are kept: those that differ most from each other (max-min edit distance of the texts). All when
+    left out. A prompt without so many different answers is left out, and counted."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
     top_k: int = Field(0, ge=0)
@@ -182,6 +148,32 @@ class GenerateStage(Stage):
     max_new_tokens: int = Field(128, ge=1)
     slots: int = Field(32, ge=1)
     """Sequences that decode together on one copy of the model."""
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt that it writes."""
+        return self.keep or self.n
+
+
+class ScoreStage(Stage):
+    """Lets the teacher score the answers of a `generate` stage; writes `stages/<name>/scores.jsonl` (PAD).
+
+    score = likelihood_weight * mean log-likelihood a token + (1 - likelihood_weight) * log of the probability that the
+    teacher selects the answer when it is asked to choose between two.
+    """
+
+    kind: Literal["score"]
+    model: str
+    """The teacher. Its tokenizer and chat template may be others than the student's: it reads the texts."""
+    rollouts: str
+    """Name of the `generate` stage."""
+    likelihood_weight: float = Field(0.0, ge=0, le=1)
+    """0 is the selection alone, as in PAD's released configuration; 1 the likelihood alone."""
+    both_orders: bool = True
+    """Asks for each pair of answers in both orders and takes the mean; False: in one order, as the released code."""
+    max_length: int = Field(2048, ge=16)
+    """Longest sequence of the teacher in tokens; a question that is longer has its answers cut to fit."""
+    chunk_tokens: int = Field(256, ge=1)
 
 
 class EvalStage(Stage):
@@ -213,7 +205,7 @@ class ReportStage(Stage):
 
 
 AnyStage = Annotated[
-    TrainStage | GenerateStage | EvalStage | ExportStage | ReportStage, Field(discriminator="kind")
+    TrainStage | GenerateStage | ScoreStage | EvalStage | ExportStage | ReportStage, Field(discriminator="kind")
 ]
 
 
@@ -364,7 +356,7 @@ def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     """A step has to fill whole micro-batches of every role that takes part, on each of its replicas."""
     multiples: dict[str, int] = {}
     rules: dict[str, str] = {}
-    for name in (stage.trains, *stage.objective.teachers):
+    for name in (stage.trains, *stage.objective.roles):
         role = recipe.role(name)
         data = Layout(world, role.parallel.tensor, role.parallel.pipeline, role.parallel.context).data
         multiples[name] = data * role.micro_batch
@@ -385,7 +377,7 @@ def _check_stages(recipe: Recipe) -> None:
     """Checks that hold without knowing the world: names, the order of stages, precision and device."""
     names: set[str] = set()
     saved: set[str] = set()
-    generated: set[str] = set()
+    earlier: dict[str, AnyStage] = {}
     for stage in recipe.stages:
         if stage.name in names:
             raise ConfigError(f"stages.{stage.name}.name", stage.name, "two stages have this name", "Rename one")
@@ -396,9 +388,12 @@ def _check_stages(recipe: Recipe) -> None:
             _check_save_as(recipe, stage, saved)
             saved.add(stage.save_as)
         if isinstance(stage, GenerateStage):
-            generated.add(stage.name)
+            _check_generate_stage(stage)
+        if isinstance(stage, ScoreStage):
+            _check_names_stage(f"stages.{stage.name}.rollouts", stage.rollouts, "generate", earlier)
         if isinstance(stage, TrainStage):
-            _check_train_stage(stage, generated)
+            _check_train_stage(stage, earlier)
+        earlier[stage.name] = stage
     for role in ("student", "teacher", "reference"):
         model = recipe.role(role).model
         if model.startswith(MODEL_OF_RUN) and model.removeprefix(MODEL_OF_RUN) not in saved:
@@ -413,8 +408,8 @@ def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
     match stage:
         case TrainStage():
             return [(f"{field}.init", stage.init), *((f"{role}.model", recipe.role(role).model)
-                                                     for role in stage.objective.teachers)]
-        case GenerateStage() | ExportStage():
+                                                     for role in stage.objective.roles)]
+        case GenerateStage() | ScoreStage() | ExportStage():
             return [(f"{field}.model", stage.model)]
         case EvalStage():
             return [*((f"{field}.models.{label}", model) for label, model in stage.models.items()),
@@ -450,28 +445,60 @@ def _check_save_as(recipe: Recipe, stage: TrainStage | ExportStage, saved: set[s
             raise ConfigError(field, stage.save_as, f"it would overwrite {model}, which the run reads", fix)
 
 
-def _check_train_stage(stage: TrainStage, generated: set[str]) -> None:
-    needed = {"sft": ("sft",), "dpo": ("dpo",), "distill": ("dckd", "adpa")}[stage.kind]
-    if stage.objective.kind not in needed:
-        raise ConfigError(
-            f"stages.{stage.name}.objective.kind", stage.objective.kind,
-            f"a stage of kind {stage.kind!r} takes {' or '.join(needed)}", "Change the stage's kind or its objective",
-        )
-    wants_rollouts = stage.objective.kind == "adpa"
-    if wants_rollouts and stage.rollouts not in generated:
-        raise ConfigError(
-            f"stages.{stage.name}.rollouts", stage.rollouts, "has to name an earlier stage of kind 'generate'",
-            f"There are: {', '.join(sorted(generated)) or 'none'}",
-        )
-    if stage.rollouts is not None and not wants_rollouts:
-        raise ConfigError(f"stages.{stage.name}.rollouts", stage.rollouts, f"the objective {stage.objective.kind!r} "
-                          "takes no rollouts", "Leave it out")
+OBJECTIVES_OF = {"sft": ("sft",), "dpo": ("dpo", "ipo", "cpo", "simpo")}
+"""What a training stage of a kind may have as its objective; one of kind `distill` any."""
+MAKERS = {"rollouts": "generate", "teacher_answers": "generate", "scores": "score"}
+"""Settings of a training stage that name an earlier stage, and that one's kind."""
+
+
+def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
+    field, kind = f"stages.{stage.name}", stage.objective.kind
+    if stage.kind in OBJECTIVES_OF and kind not in OBJECTIVES_OF[stage.kind]:
+        rule = f"a stage of kind {stage.kind!r} takes {', '.join(OBJECTIVES_OF[stage.kind])}"
+        raise ConfigError(f"{field}.objective.kind", kind, rule, "Change the stage's kind or its objective")
+    for name, maker in MAKERS.items():
+        value = getattr(stage, name)
+        if name in stage.objective.inputs:
+            _check_names_stage(f"{field}.{name}", value, maker, earlier)
+        elif value is not None:
+            raise ConfigError(f"{field}.{name}", value, f"the objective {kind!r} takes no {name}, as it is set",
+                              "Leave it out")
+    if stage.scores is not None and earlier[stage.scores].rollouts != stage.rollouts:
+        rule = f"it scores the rollouts of {earlier[stage.scores].rollouts!r}, this stage trains on {stage.rollouts!r}"
+        raise ConfigError(f"{field}.scores", stage.scores, rule, "Name the same rollouts in both")
+    makers = {name: earlier[getattr(stage, name)] for name in stage.objective.inputs}
+    if kind == "pad" and makers["rollouts"].answers < 2:
+        raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers,
+                          "preferences over a prompt's answers need at least 2", "Write n: 4, temperature: 1.0")
+    if kind == "pad" and stage.objective.loss == "probabilistic" and makers["rollouts"].answers > 6:
+        raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers, "the probabilistic loss counts all "
+                          "rankings: at most 6 answers", "Keep fewer, or write loss: vanilla")
+    if kind == "dpkd" and makers["rollouts"].answers != makers["teacher_answers"].answers:
+        raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers, "each of the student's answers is "
+                          f"paired with one of the teacher's, of which there are {makers['teacher_answers'].answers}",
+                          "Give both stages the same n and keep")
     if stage.optimizer.min_lr > stage.optimizer.lr:
-        raise ConfigError(f"stages.{stage.name}.optimizer.min_lr", stage.optimizer.min_lr,
+        raise ConfigError(f"{field}.optimizer.min_lr", stage.optimizer.min_lr,
                           f"has to be at most lr, {stage.optimizer.lr}", "Lower it or raise lr")
-    if stage.trains == "teacher" and stage.objective.kind in ("dckd", "adpa"):
-        raise ConfigError(f"stages.{stage.name}.trains", "teacher", "a teacher cannot be distilled from itself",
+    if stage.trains == "teacher" and "teacher" in stage.objective.roles:
+        raise ConfigError(f"{field}.trains", "teacher", "a teacher cannot be distilled from itself",
                           "Write trains: student")
+
+
+def _check_names_stage(field: str, value: str | None, kind: str, earlier: dict[str, AnyStage]) -> None:
+    if value not in earlier or earlier[value].kind != kind:
+        known = sorted(name for name, stage in earlier.items() if stage.kind == kind)
+        raise ConfigError(field, value, f"has to name an earlier stage of kind {kind!r}",
+                          f"There are: {', '.join(known) or 'none'}")
+
+
+def _check_generate_stage(stage: GenerateStage) -> None:
+    field = f"stages.{stage.name}"
+    if stage.n > 1 and stage.temperature == 0:
+        raise ConfigError(f"{field}.n", stage.n, "greedy decoding (temperature 0) gives n equal answers",
+                          "Write n: 1, or a temperature above 0")
+    if stage.keep is not None and stage.keep > stage.n:
+        raise ConfigError(f"{field}.keep", stage.keep, f"only {stage.n} are drawn", "Raise n or lower keep")
 
 
 def _check_precision(recipe: Recipe) -> None:

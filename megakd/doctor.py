@@ -34,7 +34,7 @@ TEST_MEMORY = 4 * 2**30
 
 _INSTALL = "pip install -e '.[{}]' in the repository"
 _REQUIRED = ("numpy", "einops", "psutil", "pydantic", "pyyaml", "jinja2", "safetensors", "tokenizers", "sentencepiece",
-             "pyarrow", "tqdm")
+             "pyarrow", "tqdm", "rapidfuzz")
 _EXTRA = {
     "transformers": ((CPU_TESTS, QUICKSTART), "hf"),
     "gguf": ((QUICKSTART,), "hf"),

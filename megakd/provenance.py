@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, TrainStage
+from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, ScoreStage, TrainStage
 from megakd.manifest import hash_path
 from megakd.objectives import build_objective
 
 ROLLOUTS = "rollouts.jsonl"
 """Name of a generate stage's file in its folder."""
+SCORES = "scores.jsonl"
+"""Name of a score stage's file in its folder."""
 HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
 """Settings of a stage that its result does not depend on."""
 
@@ -19,7 +21,7 @@ HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
 def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     """The settings that the stage's result depends on, as plain values."""
     config = stage.model_dump(mode="json", exclude=HOW_NOT_WHAT)
-    if isinstance(stage, TrainStage | GenerateStage | EvalStage):
+    if isinstance(stage, TrainStage | GenerateStage | ScoreStage | EvalStage):
         data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
         config |= {"seed": recipe.seed, "precision": recipe.precision.model_dump(mode="json"), "data": data}
     return config
@@ -34,10 +36,15 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
             for role in build_objective(stage.objective).requires.teachers:
                 paths[role] = recipe.path_of_model(recipe.role(role).model)
             paths |= _numbered("train", recipe.data.train)
-            if stage.rollouts is not None:
-                paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
+            for name in stage.objective.inputs:
+                file = SCORES if name == "scores" else ROLLOUTS
+                paths[name] = recipe.output / "stages" / getattr(stage, name) / file
         case GenerateStage():
             paths["model"] = recipe.path_of_model(stage.model)
+            paths |= _numbered("train", recipe.data.train)
+        case ScoreStage():
+            paths["model"] = recipe.path_of_model(stage.model)
+            paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
             paths |= _numbered("train", recipe.data.train)
         case EvalStage():
             paths |= {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}

@@ -97,11 +97,11 @@ class Run:
             )
         return OnlineTeacher(model, settings.micro_batch, kinds, head_VK)
 
-    def batches(self, step: Step, role: str, model: Model) -> list[Batch]:
+    def batches(self, step: Step, role: str, model: Model, *, pad_id: int) -> list[Batch]:
         """This rank's micro-batches of a step for a model in the layout of `role`."""
         table = step.table(model.grid.layout.data, self.recipe.role(role).micro_batch)
         return step.batches(
-            table[model.grid.at.data], pad_id=self.tokenizer.pad_id, padding=model.padding, device=self.world.device
+            table[model.grid.at.data], pad_id=pad_id, padding=model.padding, device=self.world.device
         )
 
     def export(self, model: Model, source: str, save_as: str, dtype: str) -> Path:

@@ -6,24 +6,30 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
-from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, TrainStage
+from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
 from megakd.data import artefacts
-from megakd.data.dataset import left_out
+from megakd.data.dataset import KeyedPrompt, left_out, skipped
 from megakd.data.dataset import prompts as tokenised_prompts
 from megakd.data.files import atomic_writer
+from megakd.data.scores import ScoresHeader, write_scores
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import DataError
 from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
+from megakd.evaluation.preferences import score_rollouts
 from megakd.manifest import hash_path, write_json_atomic
 from megakd.mcore.model import freeze
-from megakd.provenance import ROLLOUTS
+from megakd.provenance import ROLLOUTS, SCORES
 from megakd.report import write_report
 from megakd.rollout.engine import Prompt
+from megakd.rollout.engine import Rollout as Answer
 from megakd.rollout.sampling import Sampling
+from megakd.rollout.selection import most_different
 from megakd.run import Run
 from megakd.train import train
 
@@ -48,6 +54,8 @@ def run_stage(run: Run, stage: AnyStage, fingerprint: str) -> StageResult:
             return _train(run, stage, fingerprint)
         case GenerateStage():
             return _generate(run, stage)
+        case ScoreStage():
+            return _score(run, stage)
         case EvalStage():
             return _evaluate(run, stage)
         case ExportStage():
@@ -67,30 +75,73 @@ def _train(run: Run, stage: TrainStage, fingerprint: str) -> StageResult:
 
 def _generate(run: Run, stage: GenerateStage) -> StageResult:
     limit = run.recipe.data.max_length - 1
-    prompts, skipped = tokenised_prompts(run.train_rows, run.tokenizer, limit, too_long=run.recipe.data.too_long)
-    model = freeze(run.load_model("student", stage.model))
+    prompts, too_long = tokenised_prompts(run.train_rows, run.tokenizer, limit, too_long=run.recipe.data.too_long)
+    model = freeze(run.load_model(stage.role, stage.model))
     sampling = Sampling(
-        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, n=1, max_new_tokens=stage.max_new_tokens,
-        stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed,
+        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, n=stage.n,
+        max_new_tokens=stage.max_new_tokens, stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed,
     )
     asked = [Prompt(_sample_id(prompt.key), prompt.tokens) for prompt in prompts]
     answers = generate_on_replicas(run, model, asked, sampling, stage.slots)
+    rows = [
+        row
+        for number, prompt in enumerate(prompts)
+        for row in _kept_answers(run, stage, prompt, answers[number * stage.n : (number + 1) * stage.n])
+    ]
+    alike = sum(row.finish_reason == "alike" for row in rows)
+    if alike:
+        logger.warning("%d of %d prompts left out: fewer than %d of %d answers differ", alike, len(prompts),
+                       stage.keep, stage.n)
+    if alike == len(prompts):
+        raise DataError(run.recipe.data.train[0], None, None, f"no prompt has {stage.keep} different answers out of "
+                        f"{stage.n}", f"Raise stages.{stage.name}.temperature or n")
     if run.is_root:
         directory = run.recipe.path_of_model(stage.model)
-        settings = stage.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"})
+        settings = stage.model_dump(include={"n", "keep", "temperature", "top_k", "top_p", "max_new_tokens"})
         settings["seed"] = run.recipe.seed
         header = artefacts.RolloutsHeader(hash_path(directory), run.tokenizer.fingerprint, settings)
-        rows = [
-            artefacts.Rollout(prompt.key, prompt.hash, answer.tokens, run.tokenizer.decode(answer.tokens),
-                              answer.finish_reason, answer.log_probs)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        rows += [left_out(prompt) for prompt in skipped]
+        rows += [left_out(prompt) for prompt in too_long]
         artefacts.write_rollouts(run.folder(stage.name) / ROLLOUTS, header, rows)
     tokens = sum(len(answer.tokens) for answer in answers)
     stopped = sum(answer.finish_reason == "stop" for answer in answers)
     return StageResult(tokens, {"answers": len(answers), "stopped": stopped / len(answers),
-                                "mean_tokens": tokens / len(answers)})
+                                "mean_tokens": tokens / len(answers), "prompts_alike": alike})
+
+
+def _kept_answers(
+    run: Run, stage: GenerateStage, prompt: KeyedPrompt, answers: Sequence[Answer]
+) -> list[artefacts.Rollout]:
+    """What the rollout file says about a prompt and its answers."""
+    texts = [run.tokenizer.decode(answer.tokens) for answer in answers]
+    kept = list(range(len(answers))) if stage.keep is None else most_different(texts, stage.keep)
+    if kept is None:
+        return [skipped(prompt, "alike")]
+    return [
+        artefacts.Rollout(prompt.key, index, prompt.hash, answers[place].tokens, texts[place],
+                          answers[place].finish_reason, answers[place].log_probs)
+        for index, place in enumerate(kept)
+    ]
+
+
+def _score(run: Run, stage: ScoreStage) -> StageResult:
+    directory, file = run.recipe.path_of_model(stage.model), run.folder(stage.rollouts) / ROLLOUTS
+    _, rollouts = artefacts.read_rollouts(file, run.tokenizer, keys=[row.key for row in run.train_rows])
+    rows = {row.key: row for row in run.train_rows if rollouts[row.key][0].finish_reason not in artefacts.SKIPPED}
+    answers = [rollouts[key] for key in rows]
+    if not rows:
+        raise DataError(file, None, None, "no prompt has answers", "Generate on other data, or with other settings")
+    if len(answers[0]) < 2:
+        raise DataError(file, None, None, "one answer to each prompt: preferences need at least 2",
+                        f"Raise stages.{stage.rollouts}.n")
+    # The teacher reads texts, by its own template.
+    tokenizer = load_tokenizer(directory)
+    model = freeze(run.load_model("teacher", stage.model))
+    scores, report = score_rollouts(run, stage, model, tokenizer, list(rows.values()), answers)
+    if run.is_root:
+        settings = stage.model_dump(include={"likelihood_weight", "both_orders", "max_length"})
+        header = ScoresHeader(hash_path(directory), hash_path(file), settings)
+        write_scores(run.folder(stage.name) / SCORES, header, scores)
+    return StageResult(0, report)
 
 
 def _evaluate(run: Run, stage: EvalStage) -> StageResult:

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megakd.batch import Group, Step
+from megakd.batch import Group, Kind, Step
 from megakd.config import TrainStage
 from megakd.data.artefacts import read_rollouts
-from megakd.data.dataset import preference_groups
+from megakd.data.dataset import Generated, preference_groups
 from megakd.data.sampler import StepSampler
+from megakd.data.scores import read_scores
 from megakd.log import RunLog
 from megakd.mcore import checkpoint
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, Objective
-from megakd.provenance import ROLLOUTS
+from megakd.provenance import ROLLOUTS, SCORES
 from megakd.run import Run
 from megakd.teacher.online import by_micro_batch
 
@@ -64,7 +65,7 @@ class Training:
             role: teacher.signals(step, model.grid, micro_batch, pad_id=run.tokenizer.pad_id)
             for role, teacher in self.teachers.items()
         }
-        batches = run.batches(step, stage.trains, model)
+        batches = run.batches(step, stage.trains, model, pad_id=run.tokenizer.pad_id)
         context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens, step.counts)
         self.trainer.zero_grad()
         result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), self.objective, context)
@@ -114,16 +115,21 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
 
 
 def training_groups(run: Run, stage: TrainStage, objective: Objective) -> Sequence[Group]:
-    """The stage's tokenised groups: its rows, with the rollouts of an earlier stage where the objective takes them."""
-    rollouts = None
-    if stage.rollouts is not None:
-        path = run.folder(stage.rollouts) / ROLLOUTS
-        _, rollouts = read_rollouts(path, run.tokenizer, keys=[row.key for row in run.train_rows])
+    """The stage's tokenised groups: its rows, with what earlier stages generated where the objective takes it."""
+    answers = {}
+    for kind, maker in ((Kind.ROLLOUT, stage.rollouts), (Kind.TEACHER_ANSWER, stage.teacher_answers)):
+        if maker is not None:
+            path = run.folder(maker) / ROLLOUTS
+            _, answers[kind] = read_rollouts(path, run.tokenizer, keys=[row.key for row in run.train_rows])
+    scores = None
+    if stage.scores is not None:
+        scores = read_scores(run.folder(stage.scores) / SCORES, run.folder(stage.rollouts) / ROLLOUTS)
     return preference_groups(
         run.train_rows,
         run.tokenizer,
         objective.requires.kinds,
         max_length=run.recipe.data.max_length,
         too_long=run.recipe.data.too_long,
-        rollouts=rollouts,
+        generated=Generated(answers, scores),
+        on_policy=objective.requires.on_policy,
     )

@@ -60,17 +60,21 @@ def write_recipe(folder: Path, raw: dict[str, Any]) -> Path:
     return file
 
 
-def tiny_recipe(folder: Path) -> dict[str, Any]:
+def tiny_recipe(folder: Path, *, context: int = CONTEXT) -> dict[str, Any]:
     """The whole chain of the quickstart in small; its models and data are written into `folder`.
 
     Two ranks, three layouts: the student at TP=2 (with a padded head), the teacher at PP=2, the reference at DP=2. The
     run's folder is `folder/run`, which is not made here.
 
+    Args:
+        folder: where.
+        context: tokens that the models can take.
+
     Returns:
         The recipe as plain values, to change and to give to `config.parse` or `write_recipe`.
     """
-    reference = str(write_tiny_model(folder / "reference", seed=1))
-    start = str(write_tiny_model(folder / "student_start", seed=2, layers=2))
+    reference = str(write_tiny_model(folder / "reference", seed=1, max_positions=context))
+    start = str(write_tiny_model(folder / "student_start", seed=2, layers=2, max_positions=context))
     training = {"steps": 2, "global_batch": 4, "chunk_tokens": 16}
     return {
         "name": "tiny",

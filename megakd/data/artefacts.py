@@ -19,8 +19,10 @@ from megakd.data.files import Place, atomic_writer, describe_names, list_files, 
 from megakd.data.tokenizers import Tokenizer
 from megakd.errors import DataError
 
-FORMAT = "megakd rollouts 1"
-FINISH_REASONS = ("stop", "length", "left_out")
+FORMAT = "megakd rollouts 2"
+SKIPPED = {"left_out": "prompt too long for the generator", "alike": "too few different answers"}
+"""Finish reasons of a prompt that has no answers, and what they mean."""
+FINISH_REASONS = ("stop", "length", *SKIPPED)
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Rollout:
 
     key: str
     """The row that its prompt came from."""
+    index: int
+    """Which of the responses to its prompt it is: 0, 1, ..."""
     prompt_hash: str
     tokens: tuple[int, ...]
     """The ids as they were drawn, with the stop id where `finish_reason` is "stop"."""
     text: str
     finish_reason: str
-    """"stop"; "length": cut by the limit of new tokens; "left_out": its prompt was too long to generate on."""
+    """"stop"; "length": cut by the limit of new tokens; or, where the prompt has no response, one of SKIPPED."""
     log_probs: tuple[float, ...] | None
     """The generator's, one a token; None where it did not tell."""
 
@@ -62,17 +66,20 @@ def write_rollouts(path: str | Path, header: RolloutsHeader, rollouts: Sequence[
     Args:
         path: a name that ends in .jsonl or .jsonl.gz.
         header: where they come from.
-        rollouts: one for each key. Log-probabilities are written with 6 decimals.
+        rollouts: those of a key one after another, by index. Log-probabilities are written with 6 decimals.
 
     Raises:
-        DataError: a key occurs twice, or a rollout that `read_rollouts` would refuse.
+        DataError: a key's indices are not 0, 1, ..., or a rollout that `read_rollouts` would refuse.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise DataError(path, None, None, "rollouts are JSON lines", "Name the file .jsonl or .jsonl.gz")
-    twice = [key for key, number in Counter(rollout.key for rollout in rollouts).items() if number > 1]
-    if twice:
-        raise DataError(path, None, "key", f"more than one rollout for {describe_names(twice)}", "Give one a key")
+    seen: Counter[str] = Counter()
+    for rollout in rollouts:
+        if rollout.index != seen[rollout.key]:
+            problem = f"response {rollout.index} of {rollout.key!r} where {seen[rollout.key]} is due"
+            raise DataError(path, None, "index", problem, "Write a key's responses in the order 0, 1, ...")
+        seen[rollout.key] += 1
     with atomic_writer(path) as stream:
         stream.write(_line({"format": FORMAT, **asdict(header), "rollouts": len(rollouts)}))
         for number, rollout in enumerate(rollouts, start=2):
@@ -84,7 +91,7 @@ def write_rollouts(path: str | Path, header: RolloutsHeader, rollouts: Sequence[
 
 def read_rollouts(
     path: str | Path, tokenizer: Tokenizer, *, keys: Iterable[str] = ()
-) -> tuple[RolloutsHeader, dict[str, Rollout]]:
+) -> tuple[RolloutsHeader, dict[str, tuple[Rollout, ...]]]:
     """Reads what `write_rollouts` wrote.
 
     Args:
@@ -93,7 +100,7 @@ def read_rollouts(
         keys: rows that need a rollout; the file may have more.
 
     Returns:
-        the header, and the rollouts by key.
+        the header, and the rollouts by key, each key's in the order of their indices.
 
     Raises:
         DataError: not such a file, another tokenizer, a cut file, a damaged row, missing keys.
@@ -106,14 +113,18 @@ def read_rollouts(
         raise place.error("tokenizer", f"the rollouts were written with the tokenizer {header.tokenizer[:12]}, this "
                           f"run's is {tokenizer.fingerprint[:12]} ({tokenizer.directory})",
                           "Generate again, or use the tokenizer and chat template of the generator")
-    rollouts: dict[str, Rollout] = {}
+    rollouts: dict[str, tuple[Rollout, ...]] = {}
+    count = 0
     for place, row in lines:
         rollout = _rollout(place, row, vocab_size=tokenizer.vocab_size)
-        if rollout.key in rollouts:
-            raise place.error("key", f"a second rollout for {rollout.key!r}", "Generate again")
-        rollouts[rollout.key] = rollout
-    if len(rollouts) != first["rollouts"]:
-        problem = f"{len(rollouts)} rollouts, but the header says {first['rollouts']}: the file is cut"
+        own = rollouts.setdefault(rollout.key, ())
+        if rollout.index != len(own):
+            problem = f"response {rollout.index} of {rollout.key!r} where {len(own)} is due"
+            raise place.error("index", problem, "Generate again")
+        rollouts[rollout.key] = (*own, rollout)
+        count += 1
+    if count != first["rollouts"]:
+        problem = f"{count} rollouts, but the header says {first['rollouts']}: the file is cut"
         raise DataError(file, None, None, problem, "Copy or generate it again")
     wanted = list(keys)
     missing = [key for key in wanted if key not in rollouts]
@@ -143,6 +154,8 @@ def _rollout(place: Place, row: dict[str, Any], *, vocab_size: int | None) -> Ro
     for name in ("key", "prompt_hash", "text"):
         if not isinstance(row[name], str):
             raise place.error(name, f"{type_name(row[name])}, not a string", again)
+    if type(row["index"]) is not int or row["index"] < 0:
+        raise place.error("index", f"{row['index']!r} is not a number from 0", again)
     tokens, log_probs, reason = row["tokens"], row["log_probs"], row["finish_reason"]
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
         raise place.error("tokens", "not a list of token ids", again)
@@ -150,7 +163,7 @@ def _rollout(place: Place, row: dict[str, Any], *, vocab_size: int | None) -> Ro
         raise place.error("tokens", f"id {max(tokens)} is outside the vocabulary of {vocab_size}", again)
     if reason not in FINISH_REASONS:
         raise place.error("finish_reason", f"{reason!r} is none of {', '.join(FINISH_REASONS)}", again)
-    if (reason == "left_out" and tokens) or (reason == "length" and not tokens):
+    if (reason in SKIPPED and tokens) or (reason == "length" and not tokens):
         raise place.error("tokens", f"{len(tokens)} tokens with the finish reason {reason!r}", again)
     if log_probs is not None:
         numbers = isinstance(log_probs, list) and all(type(value) in (int, float) for value in log_probs)
@@ -159,4 +172,4 @@ def _rollout(place: Place, row: dict[str, Any], *, vocab_size: int | None) -> Ro
         if len(log_probs) != len(tokens):
             raise place.error("log_probs", f"{len(log_probs)} numbers for {len(tokens)} tokens", again)
         log_probs = tuple(map(float, log_probs))
-    return Rollout(row["key"], row["prompt_hash"], tuple(tokens), row["text"], reason, log_probs)
+    return Rollout(row["key"], row["index"], row["prompt_hash"], tuple(tokens), row["text"], reason, log_probs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megakd.batch import Group, Kind, Sample
-from megakd.data.artefacts import Rollout, prompt_hash
+from megakd.data.artefacts import SKIPPED, Rollout, prompt_hash
 from megakd.data.files import describe_names
 from megakd.data.readers import PreferenceRow, read_preferences
 from megakd.data.sampler import StepSampler
@@ -20,6 +22,27 @@ from megakd.errors import DataError, ModelError
 logger = logging.getLogger("megakd")
 
 TooLong = Literal["error", "drop"]
+Answers = Mapping[str, Sequence[Rollout]]
+"""Generated answers by row key, as `read_rollouts` gives them."""
+
+Scores = Mapping[tuple[str, int], float | None]
+"""A teacher's scores by row key and index, as `read_scores` gives them: None for an answer that has none."""
+UNSCORED = "an answer that the teacher could not score"
+GENERATED = (Kind.ROLLOUT, Kind.TEACHER_ANSWER)
+"""Kinds of sequences whose answers are not the data's."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What models have answered to the rows' prompts, and how the teacher scores it."""
+
+    answers: Mapping[Kind, Answers]
+    """For `Kind.ROLLOUT` and `Kind.TEACHER_ANSWER` as far as an objective takes them."""
+    scores: Scores | None
+    """Of the rollouts; None where the objective takes none."""
+
+
+NOTHING_GENERATED = Generated({}, None)
 
 
 @dataclass(frozen=True)
@@ -49,13 +72,15 @@ def preference_groups(
     *,
     max_length: int,
     too_long: TooLong,
-    rollouts: Mapping[str, Rollout] | None = None,
+    generated: Generated = NOTHING_GENERATED,
+    on_policy: float = 0.0,
 ) -> list[Group]:
-    """One group for each row, with one sequence for each kind, in the order of `kinds`.
+    """One group for each row with the sequences of each kind, in the order of `kinds`: one, or all that were generated.
 
     Every sequence ends with the tokenizer's closing token, once; a rollout that was cut by its length does not. A group
     is left out whole, and counted in one warning, when a sequence is too long (`too_long="drop"`), when its prompt was
-    left out by the generator (likewise), or when chosen and rejected are the same tokens.
+    left out by the generator (likewise), when its answers were too alike, or when the two answers of its pair (chosen
+    and rejected, or the teacher's and the student's) are the same tokens.
 
     Args:
         rows: prompts with the texts that `kinds` need.
@@ -63,21 +88,25 @@ def preference_groups(
         kinds: what the objective's groups hold (`Requires.kinds`).
         max_length: tokens of the longest sequence allowed, prompt and closing token included.
         too_long: whether a longer sequence is an error or its group is dropped.
-        rollouts: by row key; needed for `Kind.ROLLOUT`.
+        generated: answers for the generated kinds, with scores where the objective takes them.
+        on_policy: share of the rows whose group holds the rollouts alone, in place of `kinds`. A row is one of them or
+            not by its key.
 
     Raises:
-        DataError: a sequence is too long, a text or a rollout is missing, a rollout was made on another prompt, the
-            chat template refuses a conversation, or nothing is left.
+        DataError: a sequence is too long, a text, an answer or a score is missing, an answer was made on another
+            prompt, the chat template refuses a conversation, or nothing is left.
     """
-    if Kind.ROLLOUT in kinds:
-        _require_rollouts(rows, rollouts or {})
+    for kind in dict.fromkeys((*kinds, *((Kind.ROLLOUT,) if on_policy > 0 else ()))):
+        if kind in GENERATED:
+            _require_answers(rows, kind, generated.answers.get(kind, {}))
     groups: list[Group] = []
     dropped: Counter[str] = Counter()
     for row in rows:
-        samples = [_sample(row, tokenizer, kind, rollouts) for kind in kinds]
-        reason = _reason_to_drop(row, samples, max_length, too_long)
+        own = (Kind.ROLLOUT,) if _share(row.key) < on_policy else kinds
+        samples, reason = _samples(row, tokenizer, own, generated)
+        reason = _reason_to_drop(row, samples, reason, max_length, too_long)
         if reason is None:
-            groups.append(Group(row.key, tuple(sample for sample in samples if sample is not None)))
+            groups.append(Group(row.key, tuple(samples)))
         else:
             dropped[reason] += 1
     _report(rows, "groups", len(groups), dropped)
@@ -123,54 +152,82 @@ def prompts(
 
 def left_out(prompt: KeyedPrompt) -> Rollout:
     """What the rollout file says about a prompt that was too long to generate on."""
-    return Rollout(prompt.key, prompt.hash, (), "", "left_out", None)
+    return skipped(prompt, "left_out")
 
 
-def _require_rollouts(rows: Sequence[PreferenceRow], rollouts: Mapping[str, Rollout]) -> None:
-    missing = [row for row in rows if row.key not in rollouts]
+def skipped(prompt: KeyedPrompt, reason: str) -> Rollout:
+    """What the rollout file says about a prompt without answers; `reason` is a key of artefacts.SKIPPED."""
+    return Rollout(prompt.key, 0, prompt.hash, (), "", reason, None)
+
+
+def _share(key: str) -> float:
+    """A number in [0, 1) that depends on a row's key alone, evenly spread over keys."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:13], 16) / 16**13
+
+
+def _require_answers(rows: Sequence[PreferenceRow], kind: Kind, answers: Answers) -> None:
+    missing = [row for row in rows if row.key not in answers]
     if missing:
         names = describe_names(row.key for row in missing)
-        raise _error(missing[0], "rollout", f"{len(missing)} of {len(rows)} rows have none: {names}",
+        raise _error(missing[0], kind.name.lower(), f"{len(missing)} of {len(rows)} rows have none: {names}",
                      "Generate on the data files that the training reads")
 
 
-def _sample(
-    row: PreferenceRow, tokenizer: Tokenizer, kind: Kind, rollouts: Mapping[str, Rollout] | None
-) -> Sample | None:
-    """One sequence of a row; None where the generator left the row's prompt out."""
-    if kind is Kind.ROLLOUT:
-        assert rollouts is not None
-        return _rollout_sample(row, tokenizer, rollouts[row.key])
-    response = row.chosen if kind is Kind.CHOSEN else row.rejected
-    if response is None:
-        raise _error(row, kind.name.lower(), "missing, and the objective needs it", "Add it to every row")
-    tokens, length = _encode(row, tokenizer, response)
-    return Sample(tuple(tokens), length, kind)
+def _samples(
+    row: PreferenceRow, tokenizer: Tokenizer, kinds: Sequence[Kind], generated: Generated
+) -> tuple[list[Sample], str | None]:
+    """The sequences of a row, and the finish reason of a generator that has no answer to its prompt."""
+    samples: list[Sample] = []
+    for kind in kinds:
+        if kind in GENERATED:
+            answers = generated.answers[kind][row.key]
+            if answers[0].finish_reason in SKIPPED:
+                return [], answers[0].finish_reason
+            scores = generated.scores if kind is Kind.ROLLOUT else None
+            if scores is not None and _is_unscored(row, answers, scores):
+                return [], UNSCORED
+            samples += [_answer_sample(row, tokenizer, kind, answer, scores) for answer in answers]
+        else:
+            response = row.chosen if kind is Kind.CHOSEN else row.rejected
+            if response is None:
+                raise _error(row, kind.name.lower(), "missing, and the objective needs it", "Add it to every row")
+            tokens, length = _encode(row, tokenizer, response)
+            samples.append(Sample(tuple(tokens), length, kind))
+    return samples, None
 
 
-def _rollout_sample(row: PreferenceRow, tokenizer: Tokenizer, rollout: Rollout) -> Sample | None:
+def _is_unscored(row: PreferenceRow, answers: Sequence[Rollout], scores: Scores) -> bool:
+    """Whether the teacher could not score one of a row's answers; an error where it was not asked to."""
+    missing = [answer.index for answer in answers if (row.key, answer.index) not in scores]
+    if missing:
+        raise _error(row, "score", f"the teacher's scores lack answer {missing[0]}", "Score again")
+    return any(scores[row.key, answer.index] is None for answer in answers)
+
+
+def _answer_sample(
+    row: PreferenceRow, tokenizer: Tokenizer, kind: Kind, answer: Rollout, scores: Scores | None
+) -> Sample:
     prompt, length = _encode(row, tokenizer, None)
-    if rollout.prompt_hash != prompt_hash(prompt):
-        raise _error(row, "rollout", "it was generated on another prompt: the row or the chat template has changed",
-                     "Generate again")
-    if rollout.finish_reason == "left_out":
-        return None
-    response = rollout.tokens
-    if rollout.finish_reason == "stop" and (not response or response[-1] not in tokenizer.stop_ids):
+    if answer.prompt_hash != prompt_hash(prompt):
+        raise _error(row, kind.name.lower(), "it was generated on another prompt: the row or the chat template has "
+                     "changed", "Generate again")
+    response = answer.tokens
+    if answer.finish_reason == "stop" and (not response or response[-1] not in tokenizer.stop_ids):
         response = (*response, tokenizer.closing_id)
-    return Sample((*prompt, *response), length, Kind.ROLLOUT)
+    score = math.nan if scores is None else scores[row.key, answer.index]
+    return Sample((*prompt, *response), length, kind, score)
 
 
 def _reason_to_drop(
-    row: PreferenceRow, samples: Sequence[Sample | None], max_length: int, too_long: TooLong
+    row: PreferenceRow, samples: Sequence[Sample], reason: str | None, max_length: int, too_long: TooLong
 ) -> str | None:
     """Why a row makes no group, or None; an error where too long sequences are errors."""
+    if reason == "left_out" and too_long == "error":
+        raise _error(row, "rollout", "the generator left this row out: its prompt was too long",
+                     "Raise the generator's prompt limit, or set too_long to drop")
+    if reason is not None:
+        return reason if reason == UNSCORED else SKIPPED[reason]
     for sample in samples:
-        if sample is None:
-            if too_long == "error":
-                raise _error(row, "rollout", "the generator left this row out: its prompt was too long",
-                             "Raise the generator's prompt limit, or set too_long to drop")
-            return "prompt too long for the generator"
         count = len(sample.tokens)
         if count > max_length:
             if too_long == "error":
@@ -179,10 +236,13 @@ def _reason_to_drop(
                 raise _error(row, sample.kind.name.lower(), problem,
                              f"Raise max_length to {count} or more, or set too_long to drop")
             return f"longer than max_length {max_length}"
-    by_kind = {sample.kind: sample.tokens for sample in samples if sample is not None}
-    if {Kind.CHOSEN, Kind.REJECTED} <= by_kind.keys() and by_kind[Kind.CHOSEN] == by_kind[Kind.REJECTED]:
-        return "chosen and rejected are the same tokens"
-    return None
+    by_kind = {sample.kind: sample.tokens for sample in samples}
+    for pair in ((Kind.CHOSEN, Kind.REJECTED), (Kind.TEACHER_ANSWER, Kind.ROLLOUT)):
+        if by_kind.keys() >= set(pair) and by_kind[pair[0]] == by_kind[pair[1]]:
+            first, second = (kind.name.lower().replace("_", " ") for kind in pair)
+            return f"{first} and {second} are the same tokens"
+    scored = [sample.tokens for sample in samples if not math.isnan(sample.score)]
+    return "two of its scored answers are the same tokens" if len(set(scored)) < len(scored) else None
 
 
 def _encode(row: PreferenceRow, tokenizer: Tokenizer, response: str | None) -> tuple[list[int], int]:

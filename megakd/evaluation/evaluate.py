@@ -8,23 +8,21 @@ Legend: B sequences, T loss positions, N sequences of the whole evaluation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megakd.batch import Batch, Group, Kind, Sample, Step
-from megakd.comm import all_gather_json, broadcast_json
+from megakd.batch import Batch, Group, Kind, Sample
+from megakd.comm import all_gather_json
 from megakd.config import EvalStage
 from megakd.data.dataset import preference_groups
 from megakd.evaluation.reward_accuracy import relative_reward_accuracy, reward_accuracy
 from megakd.evaluation.rouge import rouge_l
+from megakd.evaluation.sequences import filled, sums_by_sequence
 from megakd.losses import fused_divergence, fused_expected_advantage, fused_token_log_probs
 from megakd.mcore.model import Model, PipelineDecoder, evaluating
-from megakd.mcore.step import forward_hidden
 from megakd.objectives.base import RoleOutput
 from megakd.rollout.engine import Prompt, Rollout, generate
 from megakd.rollout.sampling import Sampling
@@ -167,7 +165,7 @@ class Evaluation:
         `cached` keeps the teachers' signals for the next model: they depend on the rows alone.
         """
         run = self.run
-        step = Step(tuple(self._filled(groups)))
+        step = filled(run, groups, ("student", "teacher", "reference"))
         wanted = sum(len(group.samples) for group in groups)
         micro_batch = run.recipe.student.micro_batch
         signals = {}
@@ -178,40 +176,16 @@ class Evaluation:
                     self.teacher_signals[role] = signals[role]
             else:
                 signals[role] = self.teacher_signals[role]
-        batches = run.batches(step, "student", model)
-        hidden = forward_hidden(model, batches)
+        batches = run.batches(step, "student", model, pad_id=run.tokenizer.pad_id)
         self.tokens += step.all_tokens
-        totals: dict[str, Tensor] = {}
-        if hidden is not None:
-            for number, (batch, hidden_TH) in enumerate(zip(batches, hidden, strict=True)):
-                its_teachers = {role: outputs[number] for role, outputs in signals.items()}
-                sample_T = batch.sample_ids_B[batch.positions.rows_T]
-                for name, values_T in values(RoleOutput(hidden_TH, model.head_VH), its_teachers, batch).items():
-                    total_N = totals.setdefault(
-                        name, torch.zeros(step.samples, dtype=torch.float64, device=run.world.device)
-                    )
-                    total_N.index_add_(0, sample_T, values_T.double())
-        sums = {name: total[:wanted] for name, total in self._everywhere(model, totals).items()}
+
+        def with_teachers(number: int, student: RoleOutput, batch: Batch) -> dict[str, Tensor]:
+            return values(student, {role: outputs[number] for role, outputs in signals.items()}, batch)
+
+        everything = sums_by_sequence(run, model, batches, step.samples, with_teachers)
         lengths = [len(sample.tokens) - sample.prompt_length for group in groups for sample in group.samples]
+        sums = {name: total_N[:wanted] for name, total_N in everything.items()}
         return Scores(sums, torch.tensor(lengths, dtype=torch.float64))
-
-    def _filled(self, groups: Sequence[Group]) -> list[Group]:
-        """`groups`, repeated to a multiple of what every role's replicas and micro-batches take at a time."""
-        roles = ("student", "teacher", "reference")
-        multiple = math.lcm(*(self.run.layout(role).data * self.run.recipe.role(role).micro_batch for role in roles))
-        # The interleaved schedule wants a multiple of the pipeline's size in micro-batches, too.
-        multiple *= math.lcm(*(self.run.layout(role).pipeline for role in roles))
-        missing = -len(groups) % multiple
-        return [*groups, *(groups[number % len(groups)] for number in range(missing))]
-
-    def _everywhere(self, model: Model, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Per-sequence sums on every rank. Collectives: SUM over the data group, broadcasts over the pipeline group."""
-        grid, last = model.grid, model.grid.layout.pipeline - 1
-        for total in totals.values():
-            dist.all_reduce(total, group=grid.groups.dp_cp)
-        plain = {name: total.tolist() for name, total in totals.items()}
-        told = broadcast_json(plain, last, grid.groups.pp, self.run.world.device)
-        return {name: torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
 
     # --------------------------------------------------------------------------------------------------- answers
     def _answer(self, model: Model) -> list[Rollout]:

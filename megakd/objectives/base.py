@@ -22,9 +22,11 @@ class Requires:
     teachers: tuple[str, ...]
     """Roles whose hidden states it takes."""
     kinds: tuple[Kind, ...]
-    """Kinds of the sequences that each group holds, in this order."""
+    """Kinds of the sequences that each group holds, in this order. Of a generated kind it holds all answers."""
     teacher_kinds: dict[str, tuple[Kind, ...]]
     """For each teacher role the kinds of sequences whose positions it scores."""
+    on_policy: float = 0.0
+    """Share of the groups that hold the student's rollouts alone, in place of `kinds`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,6 @@ class Objective(Protocol):
 
 
 def rows_of_kind(batch: Batch, kind: Kind) -> Tensor:
-    """Which sequences of a micro-batch are of a kind, in the order of their groups."""
+    """Which sequences of a micro-batch are of a kind, in the order of their groups (and within one, of its samples)."""
     rows_N = (batch.kinds_B == kind).nonzero()[:, 0]
     return rows_N[batch.group_ids_B[rows_N].argsort(stable=True)]

@@ -5,7 +5,7 @@ Legend: T loss positions, W = 2 weights of a token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,26 +15,22 @@ from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput,
 from megakd.objectives.sft import nll_term
 
 if TYPE_CHECKING:
-    from megakd.config import DckdObjective
+    from megakd.config_objectives import DckdObjective
 
 
 class Dckd:
     """SFT on the chosen answers + alpha * (KL(teacher || student) on the chosen + the same on the rejected)."""
 
-    requires: ClassVar[Requires] = Requires(
-        teachers=("teacher",),
-        kinds=(Kind.CHOSEN, Kind.REJECTED),
-        teacher_kinds={"teacher": (Kind.CHOSEN, Kind.REJECTED)},
-    )
-
     def __init__(self, config: DckdObjective):
         self.config = config
+        kinds = (Kind.CHOSEN, Kind.REJECTED)
+        self.requires = Requires(teachers=config.roles, kinds=kinds, teacher_kinds={config.teacher: kinds})
 
     def loss(
         self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms `kl_chosen` and `kl_rejected`, and `nll` unless its weight is 0, in one pass of the heads."""
-        teacher, config = teachers["teacher"], self.config
+        teacher, config = teachers[self.config.teacher], self.config
         chosen_T = batch.positions.kinds_T == Kind.CHOSEN
         kl = [context.factor(config.alpha, f"{kind}_tokens") for kind in ("rejected", "chosen")]
         log_prob = [0.0, -context.factor(config.sft_weight, "chosen_tokens")]

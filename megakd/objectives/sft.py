@@ -1,11 +1,11 @@
-"""Supervised fine-tuning on the chosen answers.
+"""Supervised fine-tuning on the chosen answers, or on the teacher's (SeqKD).
 
-Legend: T loss positions, N those of chosen answers.
+Legend: T loss positions, N those of the answers trained on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,31 +14,33 @@ from megakd.losses import fused_token_log_probs
 from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
 
 if TYPE_CHECKING:
-    from megakd.config import SftObjective
+    from megakd.config_objectives import SftObjective
+
+ANSWERS = {"chosen": Kind.CHOSEN, "teacher": Kind.TEACHER_ANSWER}
+"""What the setting `answers` of an objective names."""
 
 
 class Sft:
-    """mean over chosen tokens of -log Q(token)."""
-
-    requires: ClassVar[Requires] = Requires(teachers=(), kinds=(Kind.CHOSEN,), teacher_kinds={})
+    """mean over the answers' tokens of -log Q(token)."""
 
     def __init__(self, config: SftObjective):
-        self.config = config
+        self.kind = ANSWERS[config.answers]
+        self.requires = Requires(teachers=(), kinds=(self.kind,), teacher_kinds={})
 
     def loss(
         self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """One term `nll`."""
-        return LossTerms((nll_term(chosen_log_probs(student, batch, context), weight=1.0),))
+        return LossTerms((nll_term(answer_log_probs(student, batch, context, self.kind), weight=1.0, kind=self.kind),))
 
 
-def chosen_log_probs(student: RoleOutput, batch: Batch, context: LossContext) -> Tensor:
-    """Log-probabilities [N] of the chosen answers' tokens."""
-    chosen_T = batch.positions.kinds_T == Kind.CHOSEN
-    hidden_NH, labels_N = student.hidden_TH[chosen_T], batch.positions.labels_T[chosen_T]
+def answer_log_probs(student: RoleOutput, batch: Batch, context: LossContext, kind: Kind) -> Tensor:
+    """Log-probabilities [N] of the tokens of a kind of answers."""
+    wanted_T = batch.positions.kinds_T == kind
+    hidden_NH, labels_N = student.hidden_TH[wanted_T], batch.positions.labels_T[wanted_T]
     return fused_token_log_probs(hidden_NH, student.head_VH, labels_N, **context.arguments())
 
 
-def nll_term(log_probs_N: Tensor, *, weight: float) -> Term:
-    """The SFT term that other objectives add to theirs."""
-    return Term("nll", -log_probs_N, weight, "chosen_tokens")
+def nll_term(log_probs_N: Tensor, *, weight: float, kind: Kind = Kind.CHOSEN) -> Term:
+    """The SFT term, which other objectives add to theirs."""
+    return Term("nll", -log_probs_N, weight, f"{kind.name.lower()}_tokens")

@@ -74,6 +74,18 @@ def told(error: ConfigError) -> tuple[str, object, str, str]:
     return error.field, error.value, error.rule, error.fix
 
 
+def with_pad(answers: dict, scored: str = "answers", objective: dict | None = None) -> dict:
+    """The recipe with PAD in the place of ADPA."""
+    raw = yaml.safe_load(RECIPE)
+    align, dckd, generate, adpa, *rest = raw["stages"]
+    generate |= {"temperature": 1.0, **answers}
+    other = {**generate, "name": "others"}
+    score = {"name": "score", "kind": "score", "model": "run:teacher", "rollouts": scored}
+    adpa |= {"scores": "score", "objective": {"kind": "pad", **(objective or {})}}
+    raw["stages"] = [align, dckd, generate, other, score, adpa, *rest]
+    return raw
+
+
 # ------------------------------------------------------------------------------------------------------ precedence
 def test_defaults_then_file_then_overrides(file):
     recipe = load(file)
@@ -200,7 +212,7 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(setting, field, near)
 @pytest.mark.parametrize("setting, field, rule, known", [
     ("zzz", "zzz", "there is no such setting", "name, output, device"),
     ("data.zzz", "data.zzz", "there is no such setting", "train, eval, train_rows"),
-    ("stages.2.steps", "stages.answers.steps", "the kind 'generate' has no such setting", "name, kind, model"),
+    ("stages.2.steps", "stages.answers.steps", "the kind 'generate' has no such setting", "name, kind, role, model"),
     ("stages.1.objective.gamma", "stages.dckd.objective.gamma", "the kind 'dckd' has no such setting", "kind, alpha"),
 ])
 def test_an_unknown_key_like_none_is_told_with_all(setting, field, rule, known):
@@ -226,8 +238,8 @@ def test_a_missing_key(setting, field, name):
     assert told(error) == (field, None, "has to be set and is not", f"Add {name!r} to the recipe")
 
 
-KINDS = "Write one of sft, dpo, distill, generate, eval, export, report"
-OBJECTIVES = "Write one of sft, dpo, dckd, adpa"
+KINDS = "Write one of sft, dpo, distill, generate, score, eval, export, report"
+OBJECTIVES = "Write one of sft, kd, dpo, ipo, cpo, simpo, dckd, adpa, dpkd, pad"
 
 
 @pytest.mark.parametrize("setting, value, field, rule, fix", [
@@ -237,8 +249,8 @@ OBJECTIVES = "Write one of sft, dpo, dckd, adpa"
     ("stages.3.objective.kind", DELETE, "stages.adpa.objective.kind", "has to be set and is not", OBJECTIVES),
     ("stages.3.objective.kind", "apda", "stages.adpa.objective.kind", "there is no such kind", "Did you mean 'adpa'?"),
     ("stages.3.objective.kind", "kto", "stages.adpa.objective.kind", "there is no such kind", OBJECTIVES),
-    ("stages.0.objective.kind", "sft", "stages.align.objective.kind", "a stage of kind 'dpo' takes dpo",
-     "Change the stage's kind or its objective"),
+    ("stages.0.objective.kind", "sft", "stages.align.objective.kind",
+     "a stage of kind 'dpo' takes dpo, ipo, cpo, simpo", "Change the stage's kind or its objective"),
     ("device", "gpu", "device", "is not one of the known values", "Write 'cpu' or 'cuda'"),
     ("precision", "fp16", "precision.dtype", "is not one of the known values", "Write 'fp32', 'bf16' or 'fp8'"),
     ("data.too_long", "cut", "data.too_long", "is not one of the known values", "Write 'error' or 'drop'"),
@@ -342,11 +354,21 @@ NONE_EARLIER = "Earlier stages save: none"
      "There are: answers"),
     ("stages.3.rollouts", "dckd", "stages.adpa.rollouts", "has to name an earlier stage of kind 'generate'",
      "There are: answers"),
-    ("stages.1.rollouts", "answers", "stages.dckd.rollouts", "the objective 'dckd' takes no rollouts", "Leave it out"),
+    ("stages.1.rollouts", "answers", "stages.dckd.rollouts", "the objective 'dckd' takes no rollouts, as it is set",
+     "Leave it out"),
     ("stages.1.trains", "teacher", "stages.dckd.trains", "a teacher cannot be distilled from itself",
      "Write trains: student"),
     ("stages.3.optimizer.min_lr", 1e-4, "stages.adpa.optimizer.min_lr", "has to be at most lr, 1e-05",
      "Lower it or raise lr"),
+    ("stages.2.n", 4, "stages.answers.n", "greedy decoding (temperature 0) gives n equal answers",
+     "Write n: 1, or a temperature above 0"),
+    ("stages.2.keep", 2, "stages.answers.keep", "only 1 are drawn", "Raise n or lower keep"),
+    ("stages.3.teacher_answers", "answers", "stages.adpa.teacher_answers",
+     "the objective 'adpa' takes no teacher_answers, as it is set", "Leave it out"),
+    ("stages.3.objective", {"kind": "dpkd"}, "stages.adpa.teacher_answers",
+     "has to name an earlier stage of kind 'generate'", "There are: answers"),
+    ("stages.3.objective", {"kind": "pad"}, "stages.adpa.scores", "has to name an earlier stage of kind 'score'",
+     "There are: none"),
     ("precision", "fp8", "precision.dtype",
      "FP8 layers need Transformer Engine and a CUDA device (device is 'cpu')",
      "Write precision: bf16 or fp32, or device: cuda on a machine that has both"),
@@ -441,3 +463,29 @@ def test_a_global_batch_that_does_not_divide(world, settings, stage, rule, numbe
 def test_roles_that_a_stage_does_not_use_do_not_bind_its_batch():
     error = wrong_world(with_roles(student__micro_batch=16), 2)  # the student has no part in `align`
     assert error.field == "stages.dckd.global_batch"
+
+
+# ------------------------------------------------------------------------------------------------- generated answers
+def test_pad_needs_several_answers_and_their_scores():
+    assert parse(with_pad({"n": 5, "keep": 4})).stages[2].answers == 4
+    assert told(refused(with_pad({"n": 1}))) == (
+        "stages.answers.n", 1, "preferences over a prompt's answers need at least 2", "Write n: 4, temperature: 1.0")
+    error = refused(with_pad({"n": 8}))
+    assert error.rule == "the probabilistic loss counts all rankings: at most 6 answers"
+    assert parse(with_pad({"n": 8}, objective={"loss": "vanilla"})).stages[2].answers == 8
+    assert told(refused(with_pad({"n": 4}, scored="others"))) == (
+        "stages.adpa.scores", "score", "it scores the rollouts of 'others', this stage trains on 'answers'",
+        "Name the same rollouts in both")
+    rule = "has to name an earlier stage of kind 'generate'"
+    assert told(refused(with_pad({"n": 4}, scored="dckd"))) == (
+        "stages.score.rollouts", "dckd", rule, "There are: answers, others")
+
+
+def test_dpkd_pairs_as_many_answers_of_both():
+    raw = with_pad({"n": 2})
+    del raw["stages"][5]["scores"]
+    raw["stages"][5] |= {"objective": {"kind": "dpkd"}, "teacher_answers": "others"}
+    parse(raw)
+    raw["stages"][3]["n"] = 3
+    error = refused(raw)
+    assert (error.field, error.value) == ("stages.answers.n", 2) and "of which there are 3" in error.rule

@@ -14,9 +14,10 @@ from megakd.errors import DataError
 from tests.tiny_tokenizer import PLAIN, write_tokenizer
 
 ROLLOUTS = [
-    Rollout("a.jsonl:1", prompt_hash((1, 2)), (7, 8, 5), "two\nlines é \u2028", "stop", (-0.5, -1.25, -0.125)),
-    Rollout("a.jsonl:2", prompt_hash((1, 2)), (7, 8), "cut", "length", None),
-    Rollout("a.jsonl:3", prompt_hash((1, 3)), (), "", "left_out", None),
+    Rollout("a.jsonl:1", 0, prompt_hash((1, 2)), (7, 8, 5), "two\nlines é \u2028", "stop", (-0.5, -1.25, -0.125)),
+    Rollout("a.jsonl:2", 0, prompt_hash((1, 2)), (7, 8), "cut", "length", None),
+    Rollout("a.jsonl:2", 1, prompt_hash((1, 2)), (9, 5), "another", "stop", None),
+    Rollout("a.jsonl:3", 0, prompt_hash((1, 3)), (), "", "left_out", None),
 ]
 
 
@@ -41,7 +42,8 @@ def test_what_is_written_is_read(name, tmp_path, tokenizer, header):
     file = tmp_path / "stage" / name
     write_rollouts(file, header, ROLLOUTS)
     read = read_rollouts(file, tokenizer, keys=["a.jsonl:1", "a.jsonl:3"])
-    assert read == (header, {rollout.key: rollout for rollout in ROLLOUTS})
+    first, second, third, fourth = ROLLOUTS
+    assert read == (header, {first.key: (first,), second.key: (second, third), fourth.key: (fourth,)})
     assert [entry.name for entry in file.parent.iterdir()] == [name]
 
 
@@ -68,9 +70,9 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer, header):
     ("change", "words"),
     [
         (lambda lines: lines[1:], "not the header of a rollouts file"),
-        (lambda lines: lines[:-1], "2 rollouts, but the header says 3: the file is cut"),
-        (lambda lines: [*lines[:2], *lines[1:3]], "r.jsonl:3: field 'key': a second rollout for 'a.jsonl:1'"),
-        (lambda lines: [{**lines[0], "format": "megakd rollouts 2"}, *lines[1:]], "not the header"),
+        (lambda lines: lines[:-1], "3 rollouts, but the header says 4: the file is cut"),
+        (lambda lines: [*lines[:2], *lines[1:3]], "r.jsonl:3: field 'index': response 0 of 'a.jsonl:1' where 1 is due"),
+        (lambda lines: [{**lines[0], "format": "megakd rollouts 1"}, *lines[1:]], "not the header"),
     ],
 )
 def test_a_damaged_file_is_refused(change, words, tmp_path, tokenizer, header):
@@ -85,6 +87,7 @@ def test_a_damaged_file_is_refused(change, words, tmp_path, tokenizer, header):
     ("change", "words"),
     [
         ({"key": 3}, "field 'key': a number, not a string"),
+        ({"index": -1}, "field 'index': -1 is not a number from 0"),
         ({"tokens": "7 8"}, "not a list of token ids"),
         ({"tokens": [7, True, 5]}, "not a list of token ids"),
         ({"tokens": [7, 8, 10_000]}, "id 10000 is outside the vocabulary"),
@@ -109,7 +112,8 @@ def test_a_damaged_row_is_refused(change, words, tmp_path, tokenizer, header):
 
 def test_nothing_is_written_that_could_not_be_read(tmp_path, header):
     file = tmp_path / "r.jsonl"
-    assert "more than one rollout for a.jsonl:3" in refused(write_rollouts, file, header, [*ROLLOUTS, ROLLOUTS[2]])
+    again = refused(write_rollouts, file, header, [*ROLLOUTS, ROLLOUTS[2]])
+    assert "field 'index': response 1 of 'a.jsonl:2' where 2 is due" in again
     assert "not a list of finite numbers" in refused(
         write_rollouts, file, header, [replace(ROLLOUTS[0], log_probs=(math.nan, 0.0, 0.0))])
     assert ".jsonl" in refused(write_rollouts, tmp_path / "r.txt", header, ROLLOUTS)

@@ -9,7 +9,7 @@ import pytest
 
 from megakd.batch import Kind
 from megakd.data.artefacts import Rollout, prompt_hash
-from megakd.data.dataset import left_out, preference_groups, prompts
+from megakd.data.dataset import Generated, left_out, preference_groups, prompts
 from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
@@ -29,9 +29,16 @@ def row(number, prompt="q", chosen="good", rejected="bad"):
     return PreferenceRow(f"a.jsonl:{number}", ({"role": "user", "content": prompt},), chosen, rejected, None)
 
 
-def rollout(tokenizer, its_row, tokens, reason):
+def rollout(tokenizer, its_row, tokens, reason, index=0):
     prompt = tokenizer.encode(its_row.prompt, None, close=False)[0]
-    return Rollout(its_row.key, prompt_hash(prompt), tuple(tokens), "", reason, None)
+    return Rollout(its_row.key, index, prompt_hash(prompt), tuple(tokens), "", reason, None)
+
+
+def students(*rollouts, scores=None) -> Generated:
+    answers: dict = {}
+    for each in rollouts:
+        answers[each.key] = (*answers.get(each.key, ()), each)
+    return Generated({Kind.ROLLOUT: answers}, scores)
 
 
 def refused(call, *args, **kwargs) -> str:
@@ -65,8 +72,8 @@ def test_pairs_become_groups_of_closed_sequences(tokenizer):
 )
 def test_a_rollout_ends_as_it_was_drawn(tokens, reason, expected, tokenizer):
     rows = [row(1)]
-    rollouts = {rows[0].key: rollout(tokenizer, rows[0], tokens, reason)}
-    [group] = preference_groups(rows, tokenizer, ADPA, rollouts=rollouts, **LIMITS)
+    rollouts = students(rollout(tokenizer, rows[0], tokens, reason))
+    [group] = preference_groups(rows, tokenizer, ADPA, generated=rollouts, **LIMITS)
     sample = group.samples[1]
     assert (group.samples[0].kind, sample.kind) == ADPA
     assert sample.tokens[sample.prompt_length :] == expected
@@ -106,17 +113,60 @@ def test_what_is_missing_is_named(tokenizer, tmp_path):
     assert "a.jsonl:3: field 'rejected': missing" in refused(preference_groups, rows, tokenizer, PAIR, **LIMITS)
     message = refused(preference_groups, rows, tokenizer, ADPA, **LIMITS)
     assert message.startswith("a.jsonl:1: field 'rollout': 3 of 3 rows have none: a.jsonl:1, a.jsonl:2, a.jsonl:3")
-    rollouts = {its.key: rollout(tokenizer, its, (60, 5), "stop") for its in rows[:2]}
+    first, second = (rollout(tokenizer, its, (60, 5), "stop") for its in rows[:2])
+    rollouts = students(first, second)
     assert "1 of 3 rows have none: a.jsonl:3" in refused(
-        preference_groups, rows, tokenizer, ADPA, rollouts=rollouts, **LIMITS)
-    moved = {rows[0].key: replace(rollouts[rows[0].key], prompt_hash="0")}
+        preference_groups, rows, tokenizer, ADPA, generated=rollouts, **LIMITS)
+    moved = students(replace(first, prompt_hash="0"))
     assert "generated on another prompt" in refused(
-        preference_groups, rows[:1], tokenizer, ADPA, rollouts=moved, **LIMITS)
+        preference_groups, rows[:1], tokenizer, ADPA, generated=moved, **LIMITS)
     assert "no groups are left: there was no row" in refused(preference_groups, [], tokenizer, PAIR, **LIMITS)
     instruct = load_tokenizer(write_tokenizer(tmp_path, template=INSTRUCT, config=NAMED))
     talk = replace(row(4), prompt=({"role": "system", "content": "s"}, *row(4).prompt))
     message = refused(preference_groups, [talk], instruct, PAIR, **LIMITS)
     assert message.startswith("a.jsonl:4: field 'prompt': ") and "no system message, please" in message
+
+
+def test_a_group_holds_all_answers_of_a_prompt_with_their_scores(tokenizer):
+    rows = [row(1), row(2)]
+    answers = [rollout(tokenizer, its, (60, 70 + n, 5), "stop", n) for its in rows for n in range(3)]
+    scores = {(answer.key, answer.index): float(number) for number, answer in enumerate(answers)}
+    groups = preference_groups(rows, tokenizer, (Kind.ROLLOUT,), generated=students(*answers, scores=scores), **LIMITS)
+    assert [[sample.score for sample in group.samples] for group in groups] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert [sample.tokens[-2] for sample in groups[0].samples] == [70, 71, 72]
+
+
+def test_answers_that_teach_nothing_are_counted(tokenizer, caplog):
+    rows = [row(number) for number in range(1, 5)]
+    answers = [rollout(tokenizer, its, (60, 70 + n, 5), "stop", n) for its in rows[:2] for n in range(2)]
+    answers += [rollout(tokenizer, rows[2], (60, 5), "stop", n) for n in range(2)]
+    answers.append(rollout(tokenizer, rows[3], (), "alike"))
+    scores = {(answer.key, answer.index): 0.5 for answer in answers}
+    scores["a.jsonl:2", 1] = None
+    with caplog.at_level(logging.WARNING, logger="megakd"):
+        groups = preference_groups(
+            rows, tokenizer, (Kind.ROLLOUT,), generated=students(*answers, scores=scores), **LIMITS)
+    assert [group.key for group in groups] == ["a.jsonl:1"]
+    assert "3 of 4 groups left out" in caplog.text
+    for reason in ("1 an answer that the teacher could not score", "1 too few different answers",
+                   "1 two of its scored answers are the same tokens"):
+        assert reason in caplog.text
+    del scores["a.jsonl:1", 1]
+    message = refused(preference_groups, rows, tokenizer, (Kind.ROLLOUT,), generated=students(*answers, scores=scores),
+                      **LIMITS)
+    assert message.startswith("a.jsonl:1: field 'score': the teacher's scores lack answer 1")
+
+
+def test_a_share_of_the_rows_is_on_policy_by_its_key(tokenizer):
+    rows = [row(number) for number in range(1, 201)]
+    generated = students(*(rollout(tokenizer, its, (60, 5), "stop") for its in rows))
+    kinds = []
+    for share in (0.25, 0.75):
+        groups = preference_groups(rows, tokenizer, (Kind.CHOSEN,), generated=generated, on_policy=share, **LIMITS)
+        kinds.append([group.samples[0].kind for group in groups])
+        assert abs(kinds[-1].count(Kind.ROLLOUT) / len(rows) - share) < 0.1
+    # What is the student's own at a smaller share is so at a larger one.
+    assert all(more is Kind.ROLLOUT for less, more in zip(*kinds, strict=True) if less is Kind.ROLLOUT)
 
 
 # ----------------------------------------------------------------------------------------------- prompts
@@ -141,11 +191,11 @@ def test_prompts_that_are_too_long(tokenizer, caplog):
     assert ([prompt.key for prompt in kept], [prompt.key for prompt in left]) == (["a.jsonl:1"], ["a.jsonl:2"])
     assert f"1 of 2 prompts left out: 1 longer than {length - 1} tokens" in caplog.text
 
-    rollouts = {"a.jsonl:1": rollout(tokenizer, rows[0], (60, 5), "stop"), "a.jsonl:2": left_out(left[0])}
-    message = refused(preference_groups, rows, tokenizer, ADPA, max_length=500, too_long="error", rollouts=rollouts)
+    rollouts = students(rollout(tokenizer, rows[0], (60, 5), "stop"), left_out(left[0]))
+    message = refused(preference_groups, rows, tokenizer, ADPA, max_length=500, too_long="error", generated=rollouts)
     assert message.startswith("a.jsonl:2: field 'rollout': the generator left this row out")
     caplog.clear()
-    groups = preference_groups(rows, tokenizer, ADPA, max_length=500, too_long="drop", rollouts=rollouts)
+    groups = preference_groups(rows, tokenizer, ADPA, max_length=500, too_long="drop", generated=rollouts)
     assert [group.key for group in groups] == ["a.jsonl:1"]
     assert "1 of 2 groups left out: 1 prompt too long for the generator" in caplog.text
 

@@ -5,13 +5,26 @@ Legend: N sequences of the step, S positions, V vocabulary (padded), H student w
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from megakd.batch import Batch, Group, Kind, Sample, collate, number_samples
-from megakd.config import AdpaObjective, DckdObjective, DpoObjective, SftObjective
+from megakd.config_objectives import (
+    AdpaObjective,
+    CpoObjective,
+    DckdObjective,
+    DpkdObjective,
+    DpoObjective,
+    IpoObjective,
+    KdObjective,
+    PadObjective,
+    SftObjective,
+    SimpoObjective,
+)
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, RoleOutput
 from tests.ranks import run_ranks, subgroup
@@ -23,19 +36,47 @@ CONFIGS = {
     "dpo": DpoObjective(beta=0.4, label_smoothing=0.1, sft_weight=0.3),
     "dckd": DckdObjective(alpha=0.7, sft_weight=1.3, temperature=1.7),
     "adpa": AdpaObjective(gamma=1.5, beta=0.8, sft_weight=0.6),
+    "seqkd": SftObjective(answers="teacher"),
+    "kd": KdObjective(weight=0.6, temperature=1.7),
+    "kd-on-policy": KdObjective(divergence="jsd", weight=0.9, beta=0.3, on_policy=0.5),
+    "kd-teacher-answers": KdObjective(divergence="reverse_kl", weight=0.7, answers="teacher"),
+    "kd-akl": KdObjective(divergence="akl", weight=1.0, mu=0.4),
+    "dckd-reference": DckdObjective(alpha=0.7, teacher="reference"),
+    "adpa-no-reference": AdpaObjective(gamma=1.5, beta=0.8, reference=False),
+    "ipo": IpoObjective(tau=0.2, sft_weight=0.3),
+    "ipo-mean": IpoObjective(tau=0.6, mean_log_probs=True),
+    "cpo": CpoObjective(beta=0.2, nll_weight=0.4, sft_weight=0.3),
+    "simpo": SimpoObjective(beta=2.5, gamma=0.7),
+    "dpkd": DpkdObjective(beta=3.0, lm_weight=0.5),
+    "dpkd-sums": DpkdObjective(beta=0.3, length_normalize=False, lm_weight=0.0),
+    "dpkd-ipo": DpkdObjective(form="ipo", tau=0.5),
+    "dpkd-cpo": DpkdObjective(form="cpo", beta=0.4),
+    "dpkd-simpo": DpkdObjective(form="simpo", beta=2.0, gamma=0.5),
+    "pad-vanilla": PadObjective(loss="vanilla", beta=2.0),
+    "pad-jsd": PadObjective(beta=1.5),
+    "pad-am_gm": PadObjective(divergence="am_gm", beta=1.5),
 }
+ANSWERS = 3
+"""To each prompt where an objective ranks them."""
 CUTS = [[[0, 1, 2, 3]], [[3], [0, 2], [1]], [[2, 1], [0, 3]]]
 
 
 def make_groups(name: str) -> list[Group]:
     generator = np.random.default_rng(0)
-    kinds = build_objective(CONFIGS[name]).requires.kinds
+    requires = build_objective(CONFIGS[name]).requires
+    ranked = isinstance(CONFIGS[name], PadObjective)
 
     def sample(kind: Kind) -> Sample:
         prompt, answer = generator.integers(1, 4), generator.integers(1, 6)
-        return Sample(tuple(generator.integers(0, VOCAB, prompt + answer).tolist()), int(prompt), kind)
+        tokens = tuple(generator.integers(0, VOCAB, prompt + answer).tolist())
+        return Sample(tokens, int(prompt), kind, generator.normal() if ranked else np.nan)
 
-    return [Group(f"row:{number}", tuple(sample(kind) for kind in kinds)) for number in range(4)]
+    def kinds(number: int) -> tuple[Kind, ...]:
+        if ranked:
+            return (Kind.ROLLOUT,) * ANSWERS
+        return (Kind.ROLLOUT,) if requires.on_policy > 0 and number % 2 else requires.kinds
+
+    return [Group(f"row:{number}", tuple(sample(kind) for kind in kinds(number))) for number in range(4)]
 
 
 def make_models() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -45,7 +86,7 @@ def make_models() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for role, width in WIDTHS.items():
         head = generator.normal(size=(PADDED, width))
         head[VOCAB:] = np.nan
-        models[role] = (generator.normal(size=(8, 10, width)), head)
+        models[role] = (generator.normal(size=(12, 10, width)), head)
     return models
 
 
@@ -55,11 +96,115 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.log1p(np.exp(-x))
+
+
+def pair_values(config, better, worse) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and reward margins of pairs; better and worse are (log-probabilities, the reference's, lengths)."""
+    (s_w, r_w, n_w), (s_l, r_l, n_l) = better, worse
+    form = config.form if config.kind == "dpkd" else config.kind
+    if form == "dpo":
+        margin, smooth = config.beta * ((s_w - r_w) - (s_l - r_l)), config.label_smoothing
+        return -(1 - smooth) * log_sigmoid(margin) - smooth * log_sigmoid(-margin), margin
+    if form == "ipo":
+        if config.length_normalize if config.kind == "dpkd" else config.mean_log_probs:
+            s_w, r_w, s_l, r_l = s_w / n_w, r_w / n_w, s_l / n_l, r_l / n_l
+        margin = (s_w - r_w) - (s_l - r_l)
+        return (margin - 1 / (2 * config.tau)) ** 2, margin
+    if form == "cpo":
+        margin = config.beta * (s_w - s_l)
+        return -log_sigmoid(margin) - (0.0 if config.kind == "dpkd" else config.nll_weight) * s_w, margin
+    if form == "simpo":
+        margin = config.beta * (s_w / n_w - s_l / n_l)
+        return -log_sigmoid(margin - config.gamma), margin
+    if not config.length_normalize:
+        n_w, n_l = 1, 1
+    margin = config.beta * ((s_w - r_w) / n_w - (s_l - r_l) / n_l)
+    return -log_sigmoid(margin), margin
+
+
+def pad_values(config, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Losses of prompts from mean log-probabilities and the teacher's scores [N, G]."""
+
+    def log_pl(scores, ranking):
+        ordered = config.beta * scores[:, list(ranking)]
+        return sum(ordered[:, k] - np.log(np.exp(ordered[:, k:]).sum(1)) for k in range(ANSWERS))
+
+    if config.loss == "vanilla":
+        rankings = np.argsort(-teacher, axis=1)
+        return -np.concatenate([log_pl(student[n : n + 1], rankings[n]) for n in range(len(teacher))])
+    total = 0.0
+    for ranking in itertools.permutations(range(ANSWERS)):
+        s, t = np.exp(log_pl(student, ranking)), np.exp(log_pl(teacher, ranking))
+        m = (s + t) / 2
+        jsd = s * np.log(s / m) + t * np.log(t / m)
+        total = total + 0.5 * (jsd if config.divergence == "jsd" else m * np.log(m / s) + m * np.log(m / t))
+    return total
+
+
+def token_divergence(config, log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and gradients by the logits (over the temperature) of each token."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    d_forward, d_reverse = q - p, q * (log_q - log_p - reverse[:, None])
+    if config.divergence == "forward_kl":
+        return forward, d_forward
+    if config.divergence == "reverse_kl":
+        return reverse, d_reverse
+    if config.divergence == "jsd":
+        m = config.beta * p + (1 - config.beta) * q
+        kl_q = (q * np.log(q / m)).sum(-1)
+        value = config.beta * (p * np.log(p / m)).sum(-1) + (1 - config.beta) * kl_q
+        return value, (1 - config.beta) * q * (np.log(q / m) - kl_q[:, None])
+    share = np.zeros(len(p))
+    for row, (row_p, row_q) in enumerate(zip(p, q, strict=True)):
+        order = np.argsort(-row_p, kind="stable")
+        head = max(1, int((np.cumsum(row_p[order]) <= config.mu).sum()))
+        gap = np.abs(row_p - row_q)[order]
+        share[row] = gap[:head].sum() / gap.sum()
+    value = share * forward + (1 - share) * reverse
+    return value, share[:, None] * d_forward + (1 - share[:, None]) * d_reverse
+
+
+def by_complex_step(function, scores: np.ndarray) -> np.ndarray:
+    """The derivative of the sum of `function(scores)`, exact to rounding: Im f(x + ih) / h."""
+    slopes = np.zeros(scores.shape)
+    for place in np.ndindex(*scores.shape):
+        moved = scores.astype(complex)
+        moved[place] += 1e-30j
+        slopes[place] = function(moved).sum().imag / 1e-30
+    return slopes
+
+
+def sequence_terms(config, samples, scores: np.ndarray, references: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """Reported means of an objective over sequences, and d loss / d score of each.
+
+    The better answers of all pairs come before the worse ones, the answers of a prompt one after the other.
+    """
+    lengths = np.array([len(sample.tokens) - sample.prompt_length for sample in samples])
+    teacher = np.array([sample.score for sample in samples]).reshape(4, -1)
+
+    def values(scores):
+        if config.kind == "pad":
+            return pad_values(config, (scores / lengths).reshape(4, -1), teacher), None
+        return pair_values(config, *((scores[p], references[p], lengths[p]) for p in (slice(0, 4), slice(4, 8))))
+
+    value, margin = values(scores)
+    slopes = by_complex_step(lambda moved: values(moved)[0], scores) / 4
+    if config.kind == "pad":
+        agreed = (scores / lengths).reshape(4, -1).argmax(1) == teacher.argmax(1)
+        return {"pad": value.mean(), "best_agreed": agreed.mean()}, slopes
+    name = config.form if config.kind == "dpkd" else config.kind
+    return {name: value.mean(), "reward_accuracy": (margin > 0).mean(), "reward_margin": margin.mean()}, slopes
+
+
 def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
     """Loss, reported means, and gradients of the student's hidden states and head."""
     config, groups, models = CONFIGS[name], make_groups(name), make_models()
     ids = number_samples(groups)
-    tau = config.temperature if name == "dckd" else 1.0
+    kind_of = config.kind
+    tau = config.temperature if kind_of in ("dckd", "kd") else 1.0
     samples = [(sample, ids[g][i], g) for g, group in enumerate(groups) for i, sample in enumerate(group.samples)]
     counts = {kind: sum(len(s.tokens) - s.prompt_length for s, _, _ in samples if s.kind == kind) for kind in Kind}
     grad_hidden, grad_head = np.zeros_like(models["student"][0]), np.zeros_like(models["student"][1])
@@ -82,45 +227,61 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
     def add(metric, value):
         means[metric] = means.get(metric, 0.0) + value
 
-    sft_weight = {"sft": 1.0}.get(name) or config.sft_weight
+    nll_kind = Kind.TEACHER_ANSWER if kind_of in ("sft", "kd") and config.answers == "teacher" else Kind.CHOSEN
+    match kind_of:
+        case "sft":
+            sft_weight = 1.0
+        case "kd":
+            sft_weight = 1.0 - config.weight
+        case "dpkd":
+            sft_weight = config.lm_weight
+        case "pad":
+            sft_weight = 0.0
+        case _:
+            sft_weight = config.sft_weight
     for sample, number, _ in samples:
         log_q, labels = log_probs("student", sample, number), one_hot(sample)
-        if sample.kind == Kind.CHOSEN:
-            add("nll", -(log_q * labels).sum() / counts[Kind.CHOSEN])
-            backward(sample, number, sft_weight / counts[Kind.CHOSEN] * (np.exp(log_q) - labels))
-        if name == "dckd":
+        if sample.kind == nll_kind and (sft_weight > 0 or kind_of in ("ipo", "cpo", "simpo", "dpo")):
+            add("nll", -(log_q * labels).sum() / counts[nll_kind])
+            backward(sample, number, sft_weight / counts[nll_kind] * (np.exp(log_q) - labels))
+        if kind_of == "kd":
             log_q, log_p = log_probs("student", sample, number, tau), log_probs("teacher", sample, number, tau)
+            value, slope = token_divergence(config, log_p, log_q)
+            add(config.divergence, value.sum() / sum(counts.values()))
+            backward(sample, number, config.weight / sum(counts.values()) * slope / tau)
+        if kind_of == "dckd":
+            log_q, log_p = log_probs("student", sample, number, tau), log_probs(config.teacher, sample, number, tau)
             p, q = np.exp(log_p), np.exp(log_q)
             add(f"kl_{sample.kind.name.lower()}", (p * (log_p - log_q)).sum() / counts[sample.kind])
             backward(sample, number, config.alpha / counts[sample.kind] * (q - p) / tau)
-        if name == "adpa" and sample.kind == Kind.ROLLOUT:
-            a = config.beta * (log_probs("teacher", sample, number) - log_probs("reference", sample, number))
+        if kind_of == "adpa" and sample.kind == Kind.ROLLOUT:
+            other = log_probs("reference", sample, number) if config.reference else -np.log(VOCAB)
+            a = config.beta * (log_probs("teacher", sample, number) - other)
             q = np.exp(log_q)
             mean = (q * a).sum(-1, keepdims=True)
             add("expected_advantage", mean.sum() / counts[Kind.ROLLOUT])
             backward(sample, number, -config.gamma / counts[Kind.ROLLOUT] * q * (a - mean))
-    if name == "dpo":
-        for chosen, rejected in zip(samples[::2], samples[1::2], strict=False):
-            scores = []
-            for sample, number, _ in (chosen, rejected):
-                labels = one_hot(sample)
-                ratio = log_probs("student", sample, number) - log_probs("reference", sample, number)
-                scores.append((ratio * labels).sum())
-            margin = config.beta * (scores[0] - scores[1])
-            right, wrong = 1 / (1 + np.exp(-margin)), 1 / (1 + np.exp(margin))
-            smooth = config.label_smoothing
-            add("dpo", -((1 - smooth) * np.log(right) + smooth * np.log(wrong)) / 4)
-            add("reward_accuracy", float(margin > 0) / 4)
-            add("reward_margin", margin / 4)
-            d_margin = (-(1 - smooth) * wrong + smooth * right) / 4
-            for sign, (sample, number, _) in ((1, chosen), (-1, rejected)):
-                d_score = sign * config.beta * d_margin
-                log_q = log_probs("student", sample, number)
-                backward(sample, number, d_score * (one_hot(sample) - np.exp(log_q)))
-    weights = {"nll": sft_weight, "dpo": 1.0, "reward_accuracy": 0.0, "reward_margin": 0.0}
-    if name == "dckd":
+    if kind_of in ("dpo", "ipo", "cpo", "simpo", "dpkd", "pad"):
+        own = [(sample, number) for sample, number, _ in samples]
+        if kind_of != "pad":
+            kinds = (Kind.TEACHER_ANSWER, Kind.ROLLOUT) if kind_of == "dpkd" else (Kind.CHOSEN, Kind.REJECTED)
+            own = [pair for kind in kinds for pair in own if pair[0].kind == kind]
+        role = "teacher" if kind_of == "dpkd" else "reference"
+        scores, references = (
+            np.array([(log_probs(model, *pair) * one_hot(pair[0])).sum() for pair in own])
+            for model in ("student", role)
+        )
+        reported, slopes = sequence_terms(config, [sample for sample, _ in own], scores, references)
+        means |= reported
+        for slope, (sample, number) in zip(slopes, own, strict=True):
+            backward(sample, number, slope * (one_hot(sample) - np.exp(log_probs("student", sample, number))))
+    weights = {"nll": sft_weight, "reward_accuracy": 0.0, "reward_margin": 0.0, "best_agreed": 0.0}
+    weights |= dict.fromkeys(("dpo", "ipo", "cpo", "simpo", "dpkd", "pad"), 1.0)
+    if kind_of == "kd":
+        weights |= {config.divergence: config.weight}
+    if kind_of == "dckd":
         weights |= {"kl_chosen": config.alpha, "kl_rejected": config.alpha}
-    if name == "adpa":
+    if kind_of == "adpa":
         weights |= {"expected_advantage": -config.gamma}
     return sum(weights[key] * value for key, value in means.items()), means, grad_hidden, grad_head
 
@@ -237,8 +398,10 @@ def test_a_micro_batch_without_a_term_keeps_its_graph(name):
 
 
 def test_objectives_say_what_they_need():
-    teachers = {"sft": (), "dpo": ("reference",), "dckd": ("teacher",), "adpa": ("teacher", "reference")}
+    teachers = {"sft": (), "dpo": ("reference",), "dckd": ("teacher",), "adpa": ("teacher", "reference"),
+                "adpa-no-reference": ("teacher",), "dckd-reference": ("reference",), "kd": ("teacher",), "simpo": (),
+                "dpkd": ("teacher",), "dpkd-cpo": (), "pad-jsd": (), "seqkd": ()}
     for name, roles in teachers.items():
         requires = build_objective(CONFIGS[name]).requires
-        assert requires.teachers == roles == tuple(requires.teacher_kinds)
+        assert requires.teachers == roles == CONFIGS[name].roles == tuple(requires.teacher_kinds)
         assert all(set(kinds) <= set(requires.kinds) for kinds in requires.teacher_kinds.values())

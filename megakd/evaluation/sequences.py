@@ -1,0 +1,66 @@
+"""Sums over sequences of what a model gives each token, in any layout, told to all ranks.
+
+Legend: T loss positions of a micro-batch, N sequences of the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.batch import Batch, Group, Step
+from megakd.comm import broadcast_json
+from megakd.mcore.model import Model
+from megakd.mcore.step import forward_hidden
+from megakd.objectives.base import RoleOutput
+from megakd.run import Run
+
+Values = Callable[[int, RoleOutput, Batch], dict[str, Tensor]]
+"""(number of the micro-batch, model, micro-batch) -> values [T] by name; NaN-free, zero where a name does not apply."""
+
+
+def filled(run: Run, groups: Sequence[Group], roles: Sequence[str]) -> Step:
+    """A step of `groups`, repeated to a multiple of what every role's replicas and micro-batches take at a time."""
+    multiple = math.lcm(*(run.layout(role).data * run.recipe.role(role).micro_batch for role in roles))
+    # The interleaved schedule wants a multiple of the pipeline's size in micro-batches, too.
+    multiple *= math.lcm(*(run.layout(role).pipeline for role in roles))
+    missing = -len(groups) % multiple
+    return Step((*groups, *(groups[number % len(groups)] for number in range(missing))))
+
+
+def sums_by_sequence(run: Run, model: Model, batches: Sequence[Batch], sequences: int, values: Values) -> dict[
+    str, Tensor
+]:
+    """Runs a model forward over its micro-batches of a step and adds values up by sequence.
+
+    Collectives: those of the model's forward and of `values`; SUM over the data group, broadcasts over the pipeline
+    group. Every rank calls it.
+
+    Args:
+        run: this rank's run.
+        model: a frozen model.
+        batches: this rank's micro-batches.
+        sequences: number N of the step's sequences.
+        values: what each token gives, on the last pipeline stage.
+
+    Returns:
+        sums [N] by name, float64, on every rank.
+    """
+    hidden = forward_hidden(model, batches)
+    totals: dict[str, Tensor] = {}
+    if hidden is not None:
+        for number, (batch, hidden_TH) in enumerate(zip(batches, hidden, strict=True)):
+            sample_T = batch.sample_ids_B[batch.positions.rows_T]
+            for name, values_T in values(number, RoleOutput(hidden_TH, model.head_VH), batch).items():
+                total_N = totals.setdefault(name, torch.zeros(sequences, dtype=torch.float64, device=run.world.device))
+                total_N.index_add_(0, sample_T, values_T.double())
+    grid, last = model.grid, model.grid.layout.pipeline - 1
+    for total in totals.values():
+        dist.all_reduce(total, group=grid.groups.dp_cp)
+    plain = {name: total.tolist() for name, total in totals.items()}
+    told = broadcast_json(plain, last, grid.groups.pp, run.world.device)
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
