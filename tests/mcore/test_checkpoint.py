@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 
 from megakd.batch import Kind
-from megakd.config import Parallel, Precision, SftObjective
+from megakd.config import Parallel, Precision
+from megakd.config_objectives import SftObjective
 from megakd.errors import ModelError
 from megakd.mcore import checkpoint
 from tests.mcore.cases import Distillation, Job, assemble, world

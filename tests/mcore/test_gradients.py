@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megakd.batch import Kind
-from megakd.config import AdpaObjective, DckdObjective, DpoObjective, Parallel
+from megakd.config import Parallel
+from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective
 from tests.mcore.cases import Distillation, assemble, first_gradients
 from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
 from tests.ranks import run_ranks

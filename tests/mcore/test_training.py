@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megakd.batch import Group, Kind, Sample
-from megakd.config import AdpaObjective, Parallel, Precision, SftObjective
+from megakd.config import Parallel, Precision
+from megakd.config_objectives import AdpaObjective, SftObjective
 from megakd.mcore.optimizer import STATES
 from tests.mcore.cases import Distillation, Job, assemble, curve, first_gradients
 from tests.mcore.test_gradients import KINDS, OBJECTIVES, check, naive_gradients

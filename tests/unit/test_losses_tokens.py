@@ -234,7 +234,7 @@ LABELS = torch.zeros(3, dtype=torch.int64)
         (lambda: losses.fused_distillation("jsd", A, A, A, A, LABELS, divergence_weights_T=A[:, 0],
                                            log_prob_weights_T=A[0]), r"log_prob_weights_T is .*\[8\]"),
         (lambda: losses.sequence_sums(A[0], LABELS, 2), r"values_T is \[8\] and rows_T \[3\]"),
-        (lambda: losses.dpo(A[0], A[0], A[0], A[0, :2], beta=1.0), r"ref_rejected_P is \[2\].*\[8\]"),
+        (lambda: losses.dpo(A[0], A[0], A[0], A[0, :2], beta=1.0), r"ref_rejected_P is .*\[2\] and chosen_P \[8\]"),
         (lambda: losses.dpo(A[0], A[0], A[0], A[0], beta=1.0, label_smoothing=0.5), r"label_smoothing = 0.5"),
     ],
 )
