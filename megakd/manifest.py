@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import megakd
+from megakd.disk import sync
 from megakd.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ def write_text_atomic(path: Path | str, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _partial(path: Path) -> Path:
@@ -130,15 +131,6 @@ def _remove_leftovers(path: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes a rename survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def require_room(path: Path | str, needed: int, what: str) -> None:

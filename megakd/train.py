@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megakd.batch import Group, Kind, Step
+from megakd.comm import broadcast_json
 from megakd.config import TrainStage
 from megakd.data.artefacts import read_rollouts
 from megakd.data.dataset import Generated, preference_groups
@@ -86,8 +87,11 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     facts = {"stage": fingerprint}
 
     start = 0
-    if (found := checkpoint.latest(checkpoints)) is not None:
-        start = checkpoint.load(found[0], trainer, facts, dist.group.WORLD)
+    # Rank 0 looks, as the others may see an older state of a shared file system.
+    found = checkpoint.latest(checkpoints) if run.is_root else None
+    name = broadcast_json(None if found is None else found[0].name, 0, dist.group.WORLD, run.world.device)
+    if name is not None:
+        start = checkpoint.load(checkpoints / name, trainer, facts, dist.group.WORLD)
     tokens = sum(training.step_at(number).all_tokens for number in range(start))
     metrics: dict[str, float] = {}
     log = RunLog(

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megakd.disk import sync
 from megakd.errors import ModelError
 from megakd.hf.families import read_config
 
@@ -94,9 +95,9 @@ def finish_directory(final: Path) -> None:
     """Gives the folder its final name. Its files must be complete."""
     partial = partial_directory(final)
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def write_safetensors(
@@ -165,12 +166,3 @@ def copy_companions(source: Path, target: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes a value as JSON in the style of transformers."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on disk, so that a power cut cannot leave a renamed folder with empty files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

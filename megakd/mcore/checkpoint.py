@@ -12,7 +12,6 @@ The folder is written beside its final name and renamed when all of it is on dis
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megakd.disk import sync
 from megakd.errors import ModelError
 from megakd.hf.directory import open_tensors
 from megakd.hf.pieces import Piece
@@ -77,18 +77,18 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
                           "size": piece.hf_size})
     file = partial / _file_of(rank)
     save_file(tensors, file, {"boxes": json.dumps(boxes)})
-    _sync(file)
+    sync(file)
     dist.barrier(group=world_group)
     if rank == 0:
         information = {"format": FORMAT, "step": step, "adam_step": trainer.steps_taken,
                        "layout": asdict(trainer.model.grid.layout), "facts": dict(facts)}
         (partial / INFORMATION).write_text(json.dumps(information, indent=1))
-        _sync(partial / INFORMATION)
-        _sync(partial)
+        sync(partial / INFORMATION)
+        sync(partial)
         if final.exists():
             _remove(final)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
         for older in folder.glob(f"{_PREFIX}*"):
             if older != final:
                 _remove(older)
@@ -190,16 +190,6 @@ def _set_random_states(states: Mapping[str, Tensor]) -> None:
 
 def _file_of(rank: int) -> str:
     return f"rank-{rank:05}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on disk: a node that fails right after the rename must not leave empty files
-    under the final name, as the older checkpoints are gone by then."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
