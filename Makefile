@@ -29,8 +29,9 @@ models: venv
 quickstart: models
 	$(BIN)/megakd run examples/quickstart/recipe.yaml
 
+# Two files at a time: much of a multi-rank test is one rank waiting for another.
 test: models
-	MEGAKD_TEST_MODEL=$(abspath $(MODELS))/reference OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests
+	MEGAKD_TEST_MODEL=$(abspath $(MODELS))/reference OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 check: venv
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         # What benchmarks/losses.py compares with; benchmarks/README.md says how to add Liger.
         "bench": ["nvidia-modelopt>=0.47,<0.48", "trl>=1.16,<1.17"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["megakd = megakd.cli:main"]},
 )

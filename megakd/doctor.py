@@ -40,6 +40,7 @@ _EXTRA = {
     "gguf": ((QUICKSTART,), "hf"),
     "rouge-score": ((CPU_TESTS, QUICKSTART), "eval"),
     "pytest": ((CPU_TESTS,), "dev"),
+    "pytest-xdist": ((CPU_TESTS,), "dev"),
     "hypothesis": ((CPU_TESTS,), "dev"),
     "wandb": ((), "wandb"),
 }

@@ -23,7 +23,7 @@ from megakd.data.readers import Message, PreferenceRow
 from megakd.data.scores import Score
 from megakd.data.tokenizers import Tokenizer
 from megakd.errors import DataError, ModelError
-from megakd.evaluation.sequences import filled, sums_by_sequence
+from megakd.evaluation.sequences import Values, filled, sums_by_sequence
 from megakd.losses import fused_token_log_probs
 from megakd.mcore.model import Model, evaluating
 from megakd.objectives.base import RoleOutput
@@ -204,7 +204,9 @@ def _log_probs(stage: ScoreStage, model: Model, output: RoleOutput, labels_T: Te
     )
 
 
-def _run(run: Run, model: Model, tokenizer: Tokenizer, groups: Sequence[Group], values) -> dict[str, Tensor]:
+def _run(
+    run: Run, model: Model, tokenizer: Tokenizer, groups: Sequence[Group], values: Values
+) -> dict[str, Tensor]:
     """Sums of the groups' only sequences, in their order."""
     step = filled(run, groups, ("teacher",))
     batches = run.batches(step, "teacher", model, pad_id=tokenizer.pad_id)

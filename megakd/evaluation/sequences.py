@@ -32,9 +32,9 @@ def filled(run: Run, groups: Sequence[Group], roles: Sequence[str]) -> Step:
     return Step((*groups, *(groups[number % len(groups)] for number in range(missing))))
 
 
-def sums_by_sequence(run: Run, model: Model, batches: Sequence[Batch], sequences: int, values: Values) -> dict[
-    str, Tensor
-]:
+def sums_by_sequence(
+    run: Run, model: Model, batches: Sequence[Batch], sequences: int, values: Values
+) -> dict[str, Tensor]:
     """Runs a model forward over its micro-batches of a step and adds values up by sequence.
 
     Collectives: those of the model's forward and of `values`; SUM over the data group, broadcasts over the pipeline
