@@ -100,7 +100,7 @@ def test_all_kinds_of_files_hold_the_same_rows(tmp_path):
     rows = [{"prompt": [user(f"q{number}")], "chosen": "é 日本", "rejected": "no"} for number in range(3)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text("\ufeff" + lines.replace("\n", "\r\n"), encoding="utf-8")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (tmp_path / "c.json").write_text(json.dumps(rows), encoding="utf-8")
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     (tmp_path / "notes.txt").write_text("not data")
@@ -150,7 +150,7 @@ def test_a_missing_file_is_told_with_what_is_there(tmp_path):
         ("a.jsonl", b"\n \n", ["no rows"]),
         ("a.json", b"", ["no rows"]),
         ("a.json", b"[]", ["no rows"]),
-        ("a.jsonl.gz", gzip.compress(b""), ["no rows"]),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), ["no rows"]),
         ("a.jsonl", b'{"prompt": "\xff"}\n', ["a.jsonl:1:", "byte 0xff at position 12 is not UTF-8"]),
         ("a.jsonl", json.dumps(PAIR).encode() + b"\n{\n", ["a.jsonl:2:", "not JSON", "column"]),
         ("a.jsonl", b"[" * 100_000, ["a.jsonl:1:", "not JSON"]),
