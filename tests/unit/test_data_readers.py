@@ -161,7 +161,7 @@ def test_a_missing_file_is_told_with_what_is_there(tmp_path):
         ("a.json", b'[{"prompt": "q"}, 3]', ["a.json:1", "missing"]),
         ("a.json", b"{}\n{}\n", ["not JSON", ".jsonl"]),
         ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz: not readable"]),
-        ("a.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50)[:-12], ["a.jsonl.gz", "not readable"]),
+        ("a.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50, mtime=0)[:-12], ["a.jsonl.gz", "not readable"]),
         ("a.parquet", b"PAR1", ["a.parquet: not readable as Parquet"]),
         ("a.csv", b"prompt", ["unknown kind of file '.csv'", ".jsonl.gz"]),
     ],
