@@ -14,16 +14,10 @@ from pathlib import Path
 import yaml
 
 from megakd.batch import Kind
-from megakd.config import (
-    MODEL_OF_RUN,
-    EvalStage,
-    ExportStage,
-    GenerateStage,
-    Recipe,
-    ScoreStage,
-    TrainStage,
-    check_world,
-)
+from megakd.config import Recipe
+from megakd.config_base import MODEL_OF_RUN
+from megakd.config_checks import check_world
+from megakd.config_stages import EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.data.dataset import preference_groups, prompts, read_rows
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+MODEL_OF_RUN = "run:"
+"""A model written `run:NAME` is the one that an earlier stage of the same run saved as NAME."""
+
 
 class Section(BaseModel):
     """Base of every section: frozen, an unknown key is an error, and so is a number that is not finite."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megakd.comm import broadcast_json
-from megakd.config import AnyStage, Recipe, dump
+from megakd.config import Recipe, dump
+from megakd.config_stages import AnyStage
 from megakd.errors import MegakdError
 from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions, write_text_atomic
 from megakd.mcore import runtime

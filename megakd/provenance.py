@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, Recipe, ScoreStage, TrainStage
+from megakd.config import Recipe
+from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.manifest import hash_path
 from megakd.objectives import build_objective
 

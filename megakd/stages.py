@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakd.config import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
+from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
 from megakd.data import artefacts
 from megakd.data.dataset import KeyedPrompt, left_out, skipped
 from megakd.data.dataset import prompts as tokenised_prompts

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megakd.batch import Group, Kind, Step
 from megakd.comm import broadcast_json
-from megakd.config import TrainStage
+from megakd.config_stages import TrainStage
 from megakd.data.artefacts import read_rollouts
 from megakd.data.dataset import Generated, preference_groups
 from megakd.data.sampler import StepSampler

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd.config import TrainStage, load
+from megakd.config import load
+from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError, MegakdError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megakd.batch import Batch, Group, Kind, Sample
 from megakd.comm import all_gather_json
-from megakd.config import EvalStage
+from megakd.config_stages import EvalStage
 from megakd.data.dataset import preference_groups
 from megakd.evaluation.reward_accuracy import relative_reward_accuracy, reward_accuracy
 from megakd.evaluation.rouge import rouge_l

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megakd.batch import Batch, Group, Kind, Sample
-from megakd.config import ScoreStage
+from megakd.config_stages import ScoreStage
 from megakd.data.artefacts import Rollout
 from megakd.data.readers import Message, PreferenceRow
 from megakd.data.scores import Score

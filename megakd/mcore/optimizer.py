@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from megakd.config import Optimizer as OptimizerSettings
+from megakd.config_stages import Optimizer as OptimizerSettings
 from megakd.hf.pieces import Piece
 from megakd.mcore.model import Model, unwrap
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megakd.batch import Group, Step
-from megakd.config import Optimizer, Parallel, Precision
+from megakd.config import Parallel, Precision
+from megakd.config_stages import Optimizer
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
 from megakd.layout import Layout

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megakd.config import TrainStage, check_world, dump, load, parse
+from megakd.config import dump, load, parse
+from megakd.config_checks import check_world
+from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

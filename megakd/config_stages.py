@@ -1,0 +1,138 @@
+"""The stages' settings and their defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megakd.config_base import Section
+from megakd.config_objectives import Objective
+
+
+class Optimizer(Section):
+    """AdamW with a cosine schedule."""
+
+    lr: float = Field(5e-7, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps that the learning rate rises over."""
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 clips nothing."""
+
+
+class Stage(Section):
+    """What every stage has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+
+
+class TrainStage(Stage):
+    """Trains one role's model by one objective and saves it as `models/<save_as>`."""
+
+    kind: Literal["sft", "dpo", "distill"]
+    trains: Literal["student", "teacher"] = "student"
+    """Whose layout the trained model has."""
+    init: str
+    """Where the trained model starts: a Hugging Face directory or `run:NAME`."""
+    save_as: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    objective: Objective
+    rollouts: str | None = None
+    """Name of the `generate` stage with the student's own answers, where the objective takes them."""
+    teacher_answers: str | None = None
+    """Name of the `generate` stage with the teacher's answers, where the objective takes them."""
+    scores: str | None = None
+    """Name of the `score` stage with the teacher's scores of the rollouts, where the objective takes them."""
+    optimizer: Optimizer = Optimizer()
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    """Groups in one optimizer step, over all data-parallel ranks."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    chunk_tokens: int = Field(256, ge=1)
+    """Tokens whose logits exist at one time inside the fused losses."""
+
+
+class GenerateStage(Stage):
+    """Lets a model answer the training prompts; writes `stages/<name>/rollouts.jsonl`."""
+
+    kind: Literal["generate"]
+    role: Literal["student", "teacher"] = "student"
+    """Whose layout the model has."""
+    model: str
+    n: int = Field(1, ge=1)
+    """Answers drawn for each prompt."""
+    keep: int | None = Field(None, ge=2)
+    """How many of them are kept: those that differ most from each other (max-min edit distance of the texts). All when
+    left out. A prompt without so many different answers is left out, and counted."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_k: int = Field(0, ge=0)
+    """0 keeps all tokens."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(128, ge=1)
+    slots: int = Field(32, ge=1)
+    """Sequences that decode together on one copy of the model."""
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt that it writes."""
+        return self.keep or self.n
+
+
+class ScoreStage(Stage):
+    """Lets the teacher score the answers of a `generate` stage; writes `stages/<name>/scores.jsonl` (PAD).
+
+    score = likelihood_weight * mean log-likelihood a token + (1 - likelihood_weight) * log of the probability that the
+    teacher selects the answer when it is asked to choose between two.
+    """
+
+    kind: Literal["score"]
+    model: str
+    """The teacher. Its tokenizer and chat template may be others than the student's: it reads the texts."""
+    rollouts: str
+    """Name of the `generate` stage."""
+    likelihood_weight: float = Field(0.0, ge=0, le=1)
+    """0 is the selection alone, as in PAD's released configuration; 1 the likelihood alone."""
+    both_orders: bool = True
+    """Asks for each pair of answers in both orders and takes the mean; False: in one order, as the released code."""
+    max_length: int = Field(2048, ge=16)
+    """Longest sequence of the teacher in tokens; a question that is longer has its answers cut to fit."""
+    chunk_tokens: int = Field(256, ge=1)
+
+
+class EvalStage(Stage):
+    """Measures several models on the held-out rows; writes `summary.json`."""
+
+    kind: Literal["eval"]
+    models: dict[str, str] = Field(min_length=1)
+    """Label -> model. The first is the start that reward accuracy is also measured against."""
+    prompts: int = Field(16, ge=1)
+    """Held-out prompts that each model answers (greedy) for ROUGE-L, the expected advantage and the samples."""
+    max_new_tokens: int = Field(48, ge=1)
+    slots: int = Field(32, ge=1)
+    chunk_tokens: int = Field(256, ge=1)
+
+
+class ExportStage(Stage):
+    """Writes a trained model as a Hugging Face directory of the wanted dtype, with its tokenizer."""
+
+    kind: Literal["export"]
+    model: str
+    save_as: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class ReportStage(Stage):
+    """Writes `report.html`."""
+
+    kind: Literal["report"]
+
+
+AnyStage = Annotated[
+    TrainStage | GenerateStage | ScoreStage | EvalStage | ExportStage | ReportStage, Field(discriminator="kind")
+]
