@@ -28,6 +28,16 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What a policy gradient has to know of each token of a response."""
+
+    log_probs: tuple[float, ...]
+    """Under the distribution that it was drawn from."""
+    returns: tuple[float, ...]
+    """What drawing it is worth."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One tokenised sequence. `tokens[prompt_length:]` is the response, with its closing token where it has one."""
 
@@ -36,6 +46,8 @@ class Sample:
     kind: Kind
     score: float = math.nan
     """The teacher's score of the response, where a `score` stage has given it one."""
+    draw: Draw | None = None
+    """Where the objective takes a policy gradient."""
 
     def __post_init__(self):
         if not 1 <= self.prompt_length <= len(self.tokens):
@@ -43,6 +55,11 @@ class Sample:
                 f"a prompt of {self.prompt_length} tokens in a sequence of {len(self.tokens)}: the first "
                 "response token needs a token before it"
             )
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of the response: its loss positions."""
+        return len(self.tokens) - self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ class Batch:
     `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
     to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
     (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `scores_B`
-    (float64) are the teacher's scores, NaN where there are none.
+    (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T` (float64) are those
+    of `Draw`, at the loss positions; zero where there is none.
     """
 
     tokens_P: Tensor
@@ -96,6 +114,8 @@ class Batch:
     sample_ids_B: Tensor
     group_ids_B: Tensor
     scores_B: Tensor
+    draw_log_probs_T: Tensor
+    returns_T: Tensor
 
     @cached_property
     def positions(self) -> LossPositions:
@@ -211,7 +231,19 @@ def collate(
     kinds_B, sample_ids_B, group_ids_B = (torch.tensor(values, device=device) for values in integers)
     scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64, device=device)
     packed = (tokens_P, labels_P, loss_mask_P, position_ids_P, torch.tensor(cu_seqlens, dtype=torch.int32))
-    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B, scores_B)
+    draws_2T = _draws([sample for sample, _, _ in flat]).to(device)
+    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B, scores_B,
+                 *draws_2T)
+
+
+def _draws(samples: Sequence[Sample]) -> Tensor:
+    """`Draw.log_probs` and `Draw.returns` [2, T] of all responses, zeros for those without."""
+    columns: list[Tensor] = [torch.empty(2, 0, dtype=torch.float64)]
+    for sample in samples:
+        zeros = (0.0,) * sample.response_length
+        draw = Draw(zeros, zeros) if sample.draw is None else sample.draw
+        columns.append(torch.tensor([draw.log_probs, draw.returns], dtype=torch.float64))
+    return torch.cat(columns, 1)
 
 
 @dataclass(frozen=True)
@@ -239,7 +271,7 @@ class Step:
         samples = [sample for group in self.groups for sample in group.samples]
         counts = {"tokens": 0, "groups": len(self.groups)}
         for kind in Kind:
-            lengths = [len(sample.tokens) - sample.prompt_length for sample in samples if sample.kind == kind]
+            lengths = [sample.response_length for sample in samples if sample.kind == kind]
             counts |= {f"{kind.name.lower()}_tokens": sum(lengths), f"{kind.name.lower()}_answers": len(lengths)}
             counts["tokens"] += sum(lengths)
         return counts

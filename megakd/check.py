@@ -199,7 +199,7 @@ def reads_texts(recipe: Recipe, field: str) -> bool:
         return any(isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model" for stage in recipe.stages)
     scored = any(isinstance(stage, ScoreStage) for stage in recipe.stages)
     return scored and not any(
-        isinstance(stage, EvalStage) or (isinstance(stage, TrainStage) and "teacher" in stage.objective.roles)
+        isinstance(stage, EvalStage) or (isinstance(stage, TrainStage) and "teacher" in stage.roles)
         for stage in recipe.stages
     )
 

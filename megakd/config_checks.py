@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megakd.config_base import MODEL_OF_RUN
-from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.layout import Layout
 
@@ -67,7 +67,10 @@ def check_stages(recipe: Recipe) -> None:
             _check_save_as(recipe, stage, saved)
             saved.add(stage.save_as)
         if isinstance(stage, GenerateStage):
-            _check_generate_stage(stage)
+            _check_generate_stage(stage.name, stage)
+            if stage.keep is not None and stage.keep > stage.n:
+                raise ConfigError(f"stages.{stage.name}.keep", stage.keep, f"only {stage.n} are drawn",
+                                  "Raise n or lower keep")
         if isinstance(stage, ScoreStage):
             _check_names_stage(f"stages.{stage.name}.rollouts", stage.rollouts, "generate", earlier)
         if isinstance(stage, TrainStage):
@@ -87,7 +90,7 @@ def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
     match stage:
         case TrainStage():
             return [(f"{field}.init", stage.init), *((f"{role}.model", recipe.role(role).model)
-                                                     for role in stage.objective.roles)]
+                                                     for role in stage.roles)]
         case GenerateStage() | ScoreStage() | ExportStage():
             return [(f"{field}.model", stage.model)]
         case EvalStage():
@@ -137,6 +140,8 @@ def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
         raise ConfigError(f"{field}.objective.kind", kind, rule, "Change the stage's kind or its objective")
     for name, maker in MAKERS.items():
         value = getattr(stage, name)
+        if name in stage.drawn_online:
+            continue
         if name in stage.objective.inputs:
             _check_names_stage(f"{field}.{name}", value, maker, earlier)
         elif value is not None:
@@ -145,7 +150,10 @@ def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
     if stage.scores is not None and earlier[stage.scores].rollouts != stage.rollouts:
         rule = f"it scores the rollouts of {earlier[stage.scores].rollouts!r}, this stage trains on {stage.rollouts!r}"
         raise ConfigError(f"{field}.scores", stage.scores, rule, "Name the same rollouts in both")
-    makers = {name: earlier[getattr(stage, name)] for name in stage.objective.inputs}
+    if stage.online is not None:
+        _check_online(stage)
+    makers = {name: stage.online if name in stage.drawn_online else earlier[getattr(stage, name)]
+              for name in stage.objective.inputs}
     if kind == "pad" and makers["rollouts"].answers < 2:
         raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers,
                           "preferences over a prompt's answers need at least 2", "Write n: 4, temperature: 1.0")
@@ -153,15 +161,51 @@ def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
         raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers, "the probabilistic loss counts all "
                           "rankings: at most 6 answers", "Keep fewer, or write loss: vanilla")
     if kind == "dpkd" and makers["rollouts"].answers != makers["teacher_answers"].answers:
-        raise ConfigError(f"stages.{stage.rollouts}.n", makers["rollouts"].answers, "each of the student's answers is "
-                          f"paired with one of the teacher's, of which there are {makers['teacher_answers'].answers}",
-                          "Give both stages the same n and keep")
+        rule = ("each of the student's answers is paired with one of the teacher's, of which there are "
+                f"{makers['teacher_answers'].answers}")
+        raise ConfigError(_field_of_n(stage, "rollouts"), makers["rollouts"].answers, rule, "Give both the same n")
     if stage.optimizer.min_lr > stage.optimizer.lr:
         raise ConfigError(f"{field}.optimizer.min_lr", stage.optimizer.min_lr,
                           f"has to be at most lr, {stage.optimizer.lr}", "Lower it or raise lr")
-    if stage.trains == "teacher" and "teacher" in stage.objective.roles:
+    if kind == "minillm" and "rollouts" not in stage.drawn_online:
+        raise ConfigError(f"{field}.online", stage.online, "a policy gradient needs answers of the student as it is",
+                          "Write online: {every: 4, passes: 4, teacher_mix: 0.2} in place of rollouts")
+    if stage.trains == "teacher" and "teacher" in stage.roles:
         raise ConfigError(f"{field}.trains", "teacher", "a teacher cannot be distilled from itself",
                           "Write trains: student")
+
+
+def _field_of_n(stage: TrainStage, name: str) -> str:
+    """The setting that says how many answers there are to a prompt."""
+    maker = f"{stage.name}.online" if name in stage.drawn_online else getattr(stage, name)
+    return f"stages.{maker}.n"
+
+
+def _check_online(stage: TrainStage) -> None:
+    field, online = f"stages.{stage.name}.online", stage.online
+    if not stage.drawn_online:
+        rule = f"the objective {stage.objective.kind!r} takes no answers that are still to be drawn"
+        raise ConfigError(field, "set", rule, "Leave it out, or leave out the stage that already draws them")
+    if stage.objective.kind == "pad":
+        raise ConfigError(field, "set", "the teacher's scores come from a stage, and so must the answers",
+                          "Name a generate stage in rollouts")
+    if online.every % online.passes != 0:
+        rule = f"has to divide every, {online.every}: a draw is gone over a whole number of times"
+        raise ConfigError(f"{field}.passes", online.passes, rule,
+                          f"Write every: {-(-online.every // online.passes) * online.passes}")
+    if stage.checkpoint_every % online.every != 0:
+        fitting = -(-stage.checkpoint_every // online.every) * online.every
+        raise ConfigError(f"stages.{stage.name}.checkpoint_every", stage.checkpoint_every, "has to be a multiple of "
+                          f"online.every, {online.every}: answers cannot be drawn again from weights that have moved",
+                          f"Write {fitting}")
+    _check_generate_stage(f"{stage.name}.online", online)
+    if online.teacher_mix > 0 and "rollouts" not in stage.drawn_online:
+        raise ConfigError(f"{field}.teacher_mix", online.teacher_mix, "the student draws no answers here",
+                          "Leave it out")
+    if stage.objective.kind == "minillm" and (online.temperature, online.top_k, online.top_p) != (1.0, 0, 1.0):
+        found = f"temperature {online.temperature}, top_k {online.top_k}, top_p {online.top_p}"
+        raise ConfigError(field, found, "a policy gradient needs draws from the models' own distributions",
+                          "Write temperature: 1.0, top_k: 0, top_p: 1.0")
 
 
 def _check_names_stage(field: str, value: str | None, kind: str, earlier: dict[str, AnyStage]) -> None:
@@ -171,13 +215,10 @@ def _check_names_stage(field: str, value: str | None, kind: str, earlier: dict[s
                           f"There are: {', '.join(known) or 'none'}")
 
 
-def _check_generate_stage(stage: GenerateStage) -> None:
-    field = f"stages.{stage.name}"
-    if stage.n > 1 and stage.temperature == 0:
-        raise ConfigError(f"{field}.n", stage.n, "greedy decoding (temperature 0) gives n equal answers",
+def _check_generate_stage(name: str, settings: GenerateStage | OnlineAnswers) -> None:
+    if settings.n > 1 and settings.temperature == 0:
+        raise ConfigError(f"stages.{name}.n", settings.n, "greedy decoding (temperature 0) gives n equal answers",
                           "Write n: 1, or a temperature above 0")
-    if stage.keep is not None and stage.keep > stage.n:
-        raise ConfigError(f"{field}.keep", stage.keep, f"only {stage.n} are drawn", "Raise n or lower keep")
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -168,6 +168,54 @@ class DpkdObjective(ObjectiveSection):
         return ("rollouts", "teacher_answers")
 
 
+class DpkdTokenObjective(ObjectiveSection):
+    """DPKD as its released code has it: (1 - weight) * NLL + weight * a DPO loss of two tokens at each position.
+
+    The teacher's likeliest token is preferred to the student's likeliest, both models being fed the same answer.
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = ("teacher",)
+    kind: Literal["dpkd_token"] = "dpkd_token"
+    beta: float = Field(0.1, gt=0)
+    weight: float = Field(0.5, ge=0, le=1)
+    answers: Literal["chosen", "teacher"] = "chosen"
+    """`teacher`: the answers of the stage that `teacher_answers` names, as released (its pseudo-labels)."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("teacher_answers",) if self.answers == "teacher" else ()
+
+
+class MiniLlmObjective(ObjectiveSection):
+    """Reverse KL on the student's own answers by policy gradient, with the paper's three devices against its variance.
+
+    Of the stage's `online` answers: `teacher_mix` is the paper's alpha, 0.2; `passes` the released code's 4.
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = ("teacher",)
+    kind: Literal["minillm"] = "minillm"
+    reward_scale: float = Field(0.5, gt=0)
+    """Divides the log-ratio of teacher and student that rewards a token. Without effect where returns are whitened."""
+    reward_limit: float = Field(100.0, gt=0)
+    """Largest reward of a token, of either sign."""
+    discount: float = Field(0.95, ge=0, le=1)
+    """Of later rewards."""
+    length_normalize: bool = True
+    """Divides a token's return by the number of tokens from it to the end of its answer."""
+    whiten: bool = True
+    """Returns have mean 0 and variance 1 over all answers that are drawn together."""
+    clip: float = Field(0.2, gt=0)
+    """How far the policy may move from the one that drew a token before its gradient is cut, as in PPO."""
+    single_step_weight: float = Field(1.0, ge=0)
+    """Weight of the exact reverse KL of each next token."""
+    lm_weight: float = Field(1.0, ge=0)
+    """Weight of the negative log-likelihood of the chosen answers (the paper: of pre-training text)."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("rollouts",)
+
+
 class PadObjective(ObjectiveSection):
     """Preference-aligned distillation: the teacher's scores of the student's own answers, as preferences over them."""
 
@@ -185,6 +233,6 @@ class PadObjective(ObjectiveSection):
 
 Objective = Annotated[
     SftObjective | KdObjective | DpoObjective | IpoObjective | CpoObjective | SimpoObjective | DckdObjective
-    | AdpaObjective | DpkdObjective | PadObjective,
+    | AdpaObjective | DpkdObjective | DpkdTokenObjective | MiniLlmObjective | PadObjective,
     Field(discriminator="kind"),
 ]

@@ -31,6 +31,32 @@ class Stage(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
 
 
+class OnlineAnswers(Section):
+    """Answers that are drawn while a stage trains, from the weights as they are then.
+
+    Drawn are those that the objective takes and no stage is named for: the student's own, and the teacher's.
+    """
+
+    every: int = Field(1, ge=1)
+    """Steps between two draws."""
+    passes: int = Field(1, ge=1)
+    """How often the answers of a draw are gone over; divides `every`."""
+    n: int = Field(1, ge=1)
+    """Answers drawn for each prompt, of each model."""
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    teacher_mix: float = Field(0.0, ge=0, lt=1)
+    """Chance of each token of the student's answers to be drawn by the teacher."""
+    max_new_tokens: int = Field(128, ge=1)
+    slots: int = Field(32, ge=1)
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt, of each model."""
+        return self.n
+
+
 class TrainStage(Stage):
     """Trains one role's model by one objective and saves it as `models/<save_as>`."""
 
@@ -47,6 +73,8 @@ class TrainStage(Stage):
     """Name of the `generate` stage with the teacher's answers, where the objective takes them."""
     scores: str | None = None
     """Name of the `score` stage with the teacher's scores of the rollouts, where the objective takes them."""
+    online: OnlineAnswers | None = None
+    """Draws answers while it trains, in place of `rollouts` or `teacher_answers`."""
     optimizer: Optimizer = Optimizer()
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
@@ -55,6 +83,20 @@ class TrainStage(Stage):
     """Steps between checkpoints."""
     chunk_tokens: int = Field(256, ge=1)
     """Tokens whose logits exist at one time inside the fused losses."""
+
+    @property
+    def drawn_online(self) -> tuple[str, ...]:
+        """Those of the objective's `rollouts` and `teacher_answers` that are drawn while the stage trains."""
+        if self.online is None:
+            return ()
+        return tuple(name for name in ("rollouts", "teacher_answers")
+                     if name in self.objective.inputs and getattr(self, name) is None)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles whose models take part besides the trained one: the objective's, and those that draw answers."""
+        draws = "teacher_answers" in self.drawn_online or (self.online is not None and self.online.teacher_mix > 0)
+        return tuple(dict.fromkeys((*self.objective.roles, *(("teacher",) if draws else ()))))
 
 
 class GenerateStage(Stage):

@@ -9,7 +9,6 @@ from typing import Any
 from megakd.config import Recipe
 from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.manifest import hash_path
-from megakd.objectives import build_objective
 
 ROLLOUTS = "rollouts.jsonl"
 """Name of a generate stage's file in its folder."""
@@ -34,10 +33,12 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
     match stage:
         case TrainStage():
             paths["init"] = recipe.path_of_model(stage.init)
-            for role in build_objective(stage.objective).requires.teachers:
+            for role in stage.roles:
                 paths[role] = recipe.path_of_model(recipe.role(role).model)
             paths |= _numbered("train", recipe.data.train)
             for name in stage.objective.inputs:
+                if name in stage.drawn_online:
+                    continue
                 file = SCORES if name == "scores" else ROLLOUTS
                 paths[name] = recipe.output / "stages" / getattr(stage, name) / file
         case GenerateStage():

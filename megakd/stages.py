@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from megakd.data.files import atomic_writer
 from megakd.data.scores import ScoresHeader, write_scores
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
-from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
+from megakd.evaluation.evaluate import Evaluation
 from megakd.evaluation.preferences import score_rollouts
 from megakd.manifest import hash_path, write_json_atomic
 from megakd.mcore.model import freeze
@@ -28,6 +27,7 @@ from megakd.provenance import ROLLOUTS, SCORES
 from megakd.report import write_report
 from megakd.rollout.engine import Prompt
 from megakd.rollout.engine import Rollout as Answer
+from megakd.rollout.replicas import generate_on_replicas, sample_id
 from megakd.rollout.sampling import Sampling
 from megakd.rollout.selection import most_different
 from megakd.run import Run
@@ -81,7 +81,7 @@ def _generate(run: Run, stage: GenerateStage) -> StageResult:
         temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, n=stage.n,
         max_new_tokens=stage.max_new_tokens, stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed,
     )
-    asked = [Prompt(_sample_id(prompt.key), prompt.tokens) for prompt in prompts]
+    asked = [Prompt(sample_id(prompt.key), prompt.tokens) for prompt in prompts]
     answers = generate_on_replicas(run, model, asked, sampling, stage.slots)
     rows = [
         row
@@ -183,8 +183,3 @@ def _remove_unfinished_model(run: Run, name: str) -> None:
     if run.is_root and directory.exists():
         shutil.rmtree(directory)
     dist.barrier(group=dist.group.WORLD)
-
-
-def _sample_id(key: str) -> int:
-    """A number that names a row whatever other rows are drawn beside it; it seeds the row's noise."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)

@@ -6,7 +6,7 @@ the student's last pipeline stage; then the student's schedule runs forward and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -20,13 +20,15 @@ from megakd.data.sampler import StepSampler
 from megakd.data.scores import read_scores
 from megakd.log import RunLog
 from megakd.mcore import checkpoint
+from megakd.mcore.model import Model, freeze
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, Objective
 from megakd.provenance import ROLLOUTS, SCORES
+from megakd.rollout.online import OnlineGroups
 from megakd.run import Run
-from megakd.teacher.online import by_micro_batch
+from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,17 @@ class Training:
     def __init__(self, run: Run, stage: TrainStage):
         self.run, self.stage = run, stage
         self.objective = build_objective(stage.objective)
-        self.groups = training_groups(run, stage, self.objective)
         self.model = run.load_model(stage.trains, stage.init)
         kinds = self.objective.requires.teacher_kinds
         self.teachers = {
             role: run.load_teacher(role, kinds[role], self.model.grid) for role in self.objective.requires.teachers
         }
         self.trainer = make_trainer(self.model, stage.optimizer, stage.steps)
-        self.sampler = StepSampler(len(self.groups), stage.global_batch, run.recipe.seed)
+        self.data = training_data(run, stage, self.objective, self.model, self.teachers)
 
     def step_at(self, number: int) -> Step:
-        """The groups of step `number` (from 0)."""
-        return Step(tuple(self.groups[index] for index in self.sampler.indices(number)))
+        """The groups of step `number` (from 0). Collective where answers are drawn."""
+        return self.data.step_at(number)
 
     def forward_backward(self, step: Step) -> dict[str, float]:
         """The teachers' signals, then the student's forward and backward; leaves the step's gradient in the trainer."""
@@ -92,7 +93,6 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     name = broadcast_json(None if found is None else found[0].name, 0, dist.group.WORLD, run.world.device)
     if name is not None:
         start = checkpoint.load(checkpoints / name, trainer, facts, dist.group.WORLD)
-    tokens = sum(training.step_at(number).all_tokens for number in range(start))
     metrics: dict[str, float] = {}
     log = RunLog(
         run.folder(stage.name),
@@ -110,16 +110,30 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
             learning_rate = trainer.learning_rate
             norm = trainer.step()
             metrics |= {"grad_norm": norm, "lr": learning_rate}
-            tokens += step.all_tokens
+            trainer.tokens += step.all_tokens
             log.step(number, metrics, tokens=step.all_tokens)
             if (number + 1) % stage.checkpoint_every == 0 and number + 1 < stage.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
     run.export(training.model, stage.init, stage.save_as, "float32")
-    return TrainResult(metrics, tokens)
+    return TrainResult(metrics, trainer.tokens)
 
 
-def training_groups(run: Run, stage: TrainStage, objective: Objective) -> Sequence[Group]:
-    """The stage's tokenised groups: its rows, with what earlier stages generated where the objective takes it."""
+@dataclass(frozen=True)
+class StoredGroups:
+    """The steps of a stage whose sequences are all there before it starts."""
+
+    groups: Sequence[Group]
+    sampler: StepSampler
+
+    def step_at(self, number: int) -> Step:
+        """The groups of step `number`."""
+        return Step(tuple(self.groups[index] for index in self.sampler.indices(number)))
+
+
+def training_data(
+    run: Run, stage: TrainStage, objective: Objective, model: Model, teachers: Mapping[str, OnlineTeacher]
+) -> StoredGroups | OnlineGroups:
+    """The stage's steps: its rows, with what earlier stages generated, or with answers that are drawn as they go."""
     answers = {}
     for kind, maker in ((Kind.ROLLOUT, stage.rollouts), (Kind.TEACHER_ANSWER, stage.teacher_answers)):
         if maker is not None:
@@ -128,12 +142,20 @@ def training_groups(run: Run, stage: TrainStage, objective: Objective) -> Sequen
     scores = None
     if stage.scores is not None:
         scores = read_scores(run.folder(stage.scores) / SCORES, run.folder(stage.rollouts) / ROLLOUTS)
-    return preference_groups(
+    stored = Generated(answers, scores)
+    if stage.online is not None:
+        teacher = None
+        if "teacher" in stage.roles:
+            teacher = (teachers["teacher"].model if "teacher" in teachers
+                       else freeze(run.load_model("teacher", run.recipe.teacher.model)))
+        return OnlineGroups(run, stage, objective.requires, stored, model, teacher)
+    groups = preference_groups(
         run.train_rows,
         run.tokenizer,
         objective.requires.kinds,
         max_length=run.recipe.data.max_length,
         too_long=run.recipe.data.too_long,
-        generated=Generated(answers, scores),
+        generated=stored,
         on_policy=objective.requires.on_policy,
     )
+    return StoredGroups(groups, StepSampler(len(groups), stage.global_batch, run.recipe.seed))

@@ -102,8 +102,7 @@ def preference_groups(
     groups: list[Group] = []
     dropped: Counter[str] = Counter()
     for row in rows:
-        own = (Kind.ROLLOUT,) if _share(row.key) < on_policy else kinds
-        samples, reason = _samples(row, tokenizer, own, generated)
+        samples, reason = _samples(row, tokenizer, kinds_of(row, kinds, on_policy), generated)
         reason = _reason_to_drop(row, samples, reason, max_length, too_long)
         if reason is None:
             groups.append(Group(row.key, tuple(samples)))
@@ -111,6 +110,21 @@ def preference_groups(
             dropped[reason] += 1
     _report(rows, "groups", len(groups), dropped)
     return groups
+
+
+def kinds_of(row: PreferenceRow, kinds: Sequence[Kind], on_policy: float) -> Sequence[Kind]:
+    """What a row's group holds: the student's rollouts alone for a share of the rows, by their keys, else `kinds`."""
+    return (Kind.ROLLOUT,) if _share(row.key) < on_policy else kinds
+
+
+def group_of(row: PreferenceRow, tokenizer: Tokenizer, kinds: Sequence[Kind], generated: Generated) -> Group:
+    """One row's group, of answers that are known to be there and to fit.
+
+    Raises:
+        DataError: a text is missing, or an answer was made on another prompt.
+    """
+    samples, _ = _samples(row, tokenizer, kinds, generated)
+    return Group(row.key, tuple(samples))
 
 
 def prompts(

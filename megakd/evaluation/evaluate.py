@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from megakd.batch import Batch, Group, Kind, Sample
-from megakd.comm import all_gather_json
 from megakd.config_stages import EvalStage
 from megakd.data.dataset import preference_groups
 from megakd.evaluation.reward_accuracy import relative_reward_accuracy, reward_accuracy
 from megakd.evaluation.rouge import rouge_l
 from megakd.evaluation.sequences import filled, sums_by_sequence
 from megakd.losses import fused_divergence, fused_expected_advantage, fused_token_log_probs
-from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.mcore.model import Model, evaluating
 from megakd.objectives.base import RoleOutput
-from megakd.rollout.engine import Prompt, Rollout, generate
+from megakd.rollout.engine import Prompt, Rollout
+from megakd.rollout.replicas import generate_on_replicas
 from megakd.rollout.sampling import Sampling
 from megakd.run import Run
 from megakd.teacher.online import OnlineTeacher
@@ -183,7 +183,7 @@ class Evaluation:
             return values(student, {role: outputs[number] for role, outputs in signals.items()}, batch)
 
         everything = sums_by_sequence(run, model, batches, step.samples, with_teachers)
-        lengths = [len(sample.tokens) - sample.prompt_length for group in groups for sample in group.samples]
+        lengths = [sample.response_length for group in groups for sample in group.samples]
         sums = {name: total_N[:wanted] for name, total_N in everything.items()}
         return Scores(sums, torch.tensor(lengths, dtype=torch.float64))
 
@@ -212,33 +212,6 @@ class Evaluation:
             prompt = self.run.tokenizer.encode(row.prompt, None, close=False)[0]
             groups.append(Group(row.key, (Sample((*prompt, *rollout.tokens), len(prompt), Kind.ROLLOUT),)))
         return groups
-
-
-def generate_on_replicas(
-    run: Run, model: Model, prompts: Sequence[Prompt], sampling: Sampling, slots: int
-) -> list[Rollout]:
-    """Lets the data-parallel replicas of a model answer the prompts in turn.
-
-    Returns:
-        The answers in the order of the prompts (and of the index within one), on every rank.
-
-    Collectives: the engine's, then an all-gather of the answers over the data group.
-    """
-    grid = model.grid
-    mine = prompts[grid.at.data :: grid.layout.data]
-    with evaluating(model):
-        answers = generate(
-            PipelineDecoder(model, run.recipe.data.max_length), mine, sampling, slots=slots, pad_id=run.tokenizer.pad_id
-        )
-    plain = [[r.sample_id, r.index, r.tokens, r.log_probs, r.finish_reason] for r in answers]
-    gathered = all_gather_json(plain, grid.groups.dp, run.world.device)
-    order = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
-    everything = [
-        Rollout(i, index, tuple(tokens), tuple(log_probs), reason)
-        for part in gathered
-        for i, index, tokens, log_probs, reason in part
-    ]
-    return sorted(everything, key=lambda rollout: (order[rollout.sample_id], rollout.index))
 
 
 def _mean(total: Tensor | float, count: Tensor | float) -> float:

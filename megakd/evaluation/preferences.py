@@ -108,7 +108,7 @@ def _likelihoods(
         return {"log_prob": _log_probs(stage, model, output, batch.positions.labels_T)}
 
     sums = _run(run, model, tokenizer, groups, values)["log_prob"].tolist()
-    lengths = [len(group.samples[0].tokens) - group.samples[0].prompt_length for group in groups]
+    lengths = [group.samples[0].response_length for group in groups]
     means = iter(total / length if length else None for total, length in zip(sums, lengths, strict=True))
     return [list(itertools.islice(means, len(own))) for own in answers]
 

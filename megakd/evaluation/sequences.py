@@ -1,10 +1,11 @@
-"""Sums over sequences of what a model gives each token, in any layout, told to all ranks.
+"""What a model gives each token of a step, in any layout, told to all ranks: token by token or summed over sequences.
 
-Legend: T loss positions of a micro-batch, N sequences of the whole step.
+Legend: T loss positions of a micro-batch, N sequences of the whole step (or loss positions, told token by token).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -50,14 +51,40 @@ def sums_by_sequence(
     Returns:
         sums [N] by name, float64, on every rank.
     """
+    return _added_up(run, model, batches, sequences, lambda batch: batch.sample_ids_B[batch.positions.rows_T], values)
+
+
+def values_by_token(run: Run, model: Model, batches: Sequence[Batch], step: Step, values: Values) -> dict[str, Tensor]:
+    """Runs a model forward over its micro-batches of `step`; the values of all the step's loss positions.
+
+    Collectives and the other arguments: those of `sums_by_sequence`.
+
+    Returns:
+        values [N] by name, float64, on every rank: of sequence after sequence, in the order of their numbers.
+    """
+    lengths = [sample.response_length for group in step.groups for sample in group.samples]
+    starts_N = torch.tensor([0, *itertools.accumulate(lengths)], device=run.world.device)
+
+    def places(batch: Batch) -> Tensor:
+        rows_T = batch.positions.rows_T
+        within_T = torch.arange(len(rows_T), device=rows_T.device) - torch.searchsorted(rows_T, rows_T)
+        return starts_N[batch.sample_ids_B[rows_T]] + within_T
+
+    return _added_up(run, model, batches, sum(lengths), places, values)
+
+
+def _added_up(
+    run: Run, model: Model, batches: Sequence[Batch], size: int, places: Callable[[Batch], Tensor], values: Values
+) -> dict[str, Tensor]:
+    """Values added up at `places` (T numbers below `size` for a micro-batch)."""
     hidden = forward_hidden(model, batches)
     totals: dict[str, Tensor] = {}
     if hidden is not None:
         for number, (batch, hidden_TH) in enumerate(zip(batches, hidden, strict=True)):
-            sample_T = batch.sample_ids_B[batch.positions.rows_T]
+            places_T = places(batch)
             for name, values_T in values(number, RoleOutput(hidden_TH, model.head_VH), batch).items():
-                total_N = totals.setdefault(name, torch.zeros(sequences, dtype=torch.float64, device=run.world.device))
-                total_N.index_add_(0, sample_T, values_T.double())
+                total_N = totals.setdefault(name, torch.zeros(size, dtype=torch.float64, device=run.world.device))
+                total_N.index_add_(0, places_T, values_T.double())
     grid, last = model.grid, model.grid.layout.pipeline - 1
     for total in totals.values():
         dist.all_reduce(total, group=grid.groups.dp_cp)

@@ -8,15 +8,24 @@ from megakd.losses.divergence import divergence
 from megakd.losses.fused_head import (
     fused_distillation,
     fused_divergence,
+    fused_dpkd_token,
     fused_expected_advantage,
     fused_token_log_probs,
 )
 from megakd.losses.likelihood import sequence_sums, sequence_weights, token_log_probs
 from megakd.losses.listwise import pad_probabilistic, pad_vanilla, plackett_luce_log_prob
+from megakd.losses.policy_gradient import (
+    behaviour_log_probs,
+    clipped_policy_gradient,
+    returns,
+    reverse_kl_rewards,
+)
 from megakd.losses.preference import cpo, dpkd, dpo, dpo_from_margins, ipo, reward_margins, simpo
 from megakd.losses.released import dpkd_token, released_topk_advantage, released_topk_kl
 
 __all__ = [
+    "behaviour_log_probs",
+    "clipped_policy_gradient",
     "cpo",
     "divergence",
     "dpkd",
@@ -26,6 +35,7 @@ __all__ = [
     "expected_advantage",
     "fused_distillation",
     "fused_divergence",
+    "fused_dpkd_token",
     "fused_expected_advantage",
     "fused_token_log_probs",
     "ipo",
@@ -34,6 +44,8 @@ __all__ = [
     "plackett_luce_log_prob",
     "released_topk_advantage",
     "released_topk_kl",
+    "returns",
+    "reverse_kl_rewards",
     "reward_margins",
     "sequence_sums",
     "sequence_weights",

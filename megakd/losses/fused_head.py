@@ -17,6 +17,8 @@ from megakd.losses.combined import WithLogProbs
 from megakd.losses.divergence import row_divergence
 from megakd.losses.hidden_states import HeadInput, Settings, all_tokens, check_models, hidden_row_loss
 from megakd.losses.likelihood import LogProb, check_labels
+from megakd.losses.released import ArgmaxPreference
+from megakd.losses.statistics import check_positive
 
 CHUNK_TOKENS = 256
 
@@ -181,6 +183,41 @@ def fused_expected_advantage(
     columns = check_models(models, tp_group, vocab_size)
     settings = Settings(chunk_tokens, 1.0, recompute, sequence_parallel)
     return hidden_row_loss(ExpectedAdvantage(beta), models, columns, settings)[0]
+
+
+def fused_dpkd_token(
+    student_hidden_TH: Tensor,
+    student_head_VH: Tensor,
+    teacher_hidden_TK: Tensor,
+    teacher_head_VK: Tensor,
+    *,
+    beta: float,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    logit_scale: float | tuple[float, ...] = 1.0,
+    logit_softcap: float | tuple[float | None, ...] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    recompute: bool = False,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """`dpkd_token` (the released code of DPKD) of logits that are made from hidden states.
+
+    The arguments, gradients, collectives and errors are those of `fused_divergence`; beta that of `dpkd_token`.
+    """
+    check_positive("beta", beta)
+    models = _models(
+        {
+            "student_": (student_hidden_TH, student_head_VH, student_bias_V),
+            "teacher_": (teacher_hidden_TK, teacher_head_VK, teacher_bias_V),
+        },
+        logit_scale,
+        logit_softcap,
+    )
+    columns = check_models(models, tp_group, vocab_size)
+    settings = Settings(chunk_tokens, 1.0, recompute, sequence_parallel)
+    return hidden_row_loss(ArgmaxPreference(beta), models, columns, settings)[0]
 
 
 def fused_distillation(

@@ -32,7 +32,7 @@ from megakd.hf.pieces import Piece
 from megakd.mcore.optimizer import STATES, Trainer
 
 INFORMATION = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "step-"
 _PARTIAL = "partial"
 _RANDOM = "random."
@@ -80,7 +80,7 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
     sync(file)
     dist.barrier(group=world_group)
     if rank == 0:
-        information = {"format": FORMAT, "step": step, "adam_step": trainer.steps_taken,
+        information = {"format": FORMAT, "step": step, "adam_step": trainer.steps_taken, "tokens": trainer.tokens,
                        "layout": asdict(trainer.model.grid.layout), "facts": dict(facts)}
         (partial / INFORMATION).write_text(json.dumps(information, indent=1))
         sync(partial / INFORMATION)
@@ -134,6 +134,7 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
                 target.copy_(whole.view(-1)[owned])
     trainer.publish_parameters()
     trainer.set_schedule(step)
+    trainer.tokens = information["tokens"]
     if layout == asdict(trainer.model.grid.layout):
         _set_random_states(index.random_states(dist.get_rank(world_group)))
     return step

@@ -27,6 +27,8 @@ class Trainer:
     model: Model
     optimizer: DistributedOptimizer
     scheduler: OptimizerParamScheduler
+    tokens: int = 0
+    """That the model has worked through, prompts included; kept in checkpoints."""
 
     def zero_grad(self) -> None:
         """Clears the gradient buffers; called before each step."""

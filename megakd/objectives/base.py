@@ -27,6 +27,8 @@ class Requires:
     """For each teacher role the kinds of sequences whose positions it scores."""
     on_policy: float = 0.0
     """Share of the groups that hold the student's rollouts alone, in place of `kinds`."""
+    draws: bool = False
+    """Whether the rollouts' samples come with their `Draw`."""
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ class _Run:
         ids_B, indices_B, steps_B = torch.tensor(
             [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=hidden_BH.device).unbind(1)
         keys_B = noise_keys(self.sampling.seed, ids_B, indices_B, steps_B)
-        return sample(_logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B,
+        return sample(logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B,
                       tp_group=self.decoder.tp_group, vocab_size=self.decoder.vocab_size)
 
     def _receive(self, slot: int, token: int, log_prob: float) -> None:
@@ -279,7 +279,7 @@ class _Run:
             self.rows[slot] = None
 
 
-def _logits(hidden_BH: Tensor, head_VH: Tensor) -> Tensor:
+def logits(hidden_BH: Tensor, head_VH: Tensor) -> Tensor:
     """Float32 logits [B, V] whatever the model's dtype: rounded to bfloat16, the likeliest tokens would often tie."""
     if hidden_BH.is_cuda and hidden_BH.dtype.itemsize == 2:
         return torch.mm(hidden_BH, head_VH.T, out_dtype=torch.float32)  # 16-bit operands, summed in float32

@@ -117,6 +117,11 @@ def gumbel_noise(keys_B: Tensor, first_column: int, columns: int) -> Tensor:
     return uniform_BV.neg_().log1p_().neg_().log_().neg_()
 
 
+def uniform(keys_B: Tensor) -> Tensor:
+    """One number in [0, 1) for each key [B], float64."""
+    return ((mix64(keys_B + _GOLDEN) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
 # --- the draw ---------------------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ class Route:
 
 def travelling_rows(groups: Iterable[Group], kinds: Sequence[Kind]) -> list[int]:
     """For each sample id of a step the loss positions that a teacher scores: all of its kinds', none of the others'."""
-    return [len(sample.tokens) - sample.prompt_length if sample.kind in kinds else 0
+    return [sample.response_length if sample.kind in kinds else 0
             for group in groups for sample in group.samples]
 
 

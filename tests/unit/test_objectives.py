@@ -12,15 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakd.batch import Batch, Group, Kind, Sample, collate, number_samples
+from megakd.batch import Batch, Draw, Group, Kind, Sample, collate, number_samples
 from megakd.config_objectives import (
     AdpaObjective,
     CpoObjective,
     DckdObjective,
     DpkdObjective,
+    DpkdTokenObjective,
     DpoObjective,
     IpoObjective,
     KdObjective,
+    MiniLlmObjective,
     PadObjective,
     SftObjective,
     SimpoObjective,
@@ -52,6 +54,10 @@ CONFIGS = {
     "dpkd-ipo": DpkdObjective(form="ipo", tau=0.5),
     "dpkd-cpo": DpkdObjective(form="cpo", beta=0.4),
     "dpkd-simpo": DpkdObjective(form="simpo", beta=2.0, gamma=0.5),
+    "dpkd-token": DpkdTokenObjective(beta=0.7, weight=0.6),
+    "dpkd-token-teacher-answers": DpkdTokenObjective(beta=0.7, weight=1.0, answers="teacher"),
+    "minillm": MiniLlmObjective(clip=0.3, single_step_weight=0.8, lm_weight=0.4),
+    "minillm-alone": MiniLlmObjective(single_step_weight=0.0, lm_weight=0.0),
     "pad-vanilla": PadObjective(loss="vanilla", beta=2.0),
     "pad-jsd": PadObjective(beta=1.5),
     "pad-am_gm": PadObjective(divergence="am_gm", beta=1.5),
@@ -69,7 +75,21 @@ def make_groups(name: str) -> list[Group]:
     def sample(kind: Kind) -> Sample:
         prompt, answer = generator.integers(1, 4), generator.integers(1, 6)
         tokens = tuple(generator.integers(0, VOCAB, prompt + answer).tolist())
-        return Sample(tokens, int(prompt), kind, generator.normal() if ranked else np.nan)
+        draw = None
+        if requires.draws and kind is Kind.ROLLOUT:
+            # Of the policy that drew it, near enough to this one that some ratios are within the limits.
+            now = policy_log_probs(tokens, int(prompt))
+            draw = Draw(tuple(now + generator.normal(scale=0.3, size=answer)), tuple(generator.normal(size=answer)))
+        return Sample(tokens, int(prompt), kind, generator.normal() if ranked else np.nan, draw)
+
+    def policy_log_probs(tokens: tuple[int, ...], prompt: int) -> np.ndarray:
+        """The student's log-probabilities of the response of the next sample."""
+        hidden, head = make_models()["student"]
+        log_q = log_softmax(hidden[next(numbers), prompt - 1 : len(tokens) - 1] @ head[:VOCAB].T)
+        return log_q[np.arange(len(log_q)), list(tokens[prompt:])]
+
+    kinds_a_group = len(requires.kinds)
+    numbers = (number * kinds_a_group for number in range(4))  # the rollout is the first of its group
 
     def kinds(number: int) -> tuple[Kind, ...]:
         if ranked:
@@ -167,6 +187,26 @@ def token_divergence(config, log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.n
     return value, share[:, None] * d_forward + (1 - share[:, None]) * d_reverse
 
 
+def released_terms(config, sample, labels, log_q, log_p) -> tuple[dict[str, float], np.ndarray]:
+    """What DPKD's token form and MiniLLM report, summed over a sequence's tokens, and d loss / d logits of each."""
+    if config.kind == "dpkd_token":
+        a, b, rows = log_p.argmax(1), log_q.argmax(1), np.arange(len(log_q))
+        rel = (log_q[rows, a] - log_q[rows, b]) - (log_p[rows, a] - log_p[rows, b])
+        slope = -config.beta * np.exp(log_sigmoid(-config.beta * rel))
+        slopes = slope[:, None] * (np.eye(VOCAB)[a] - np.eye(VOCAB)[b])
+        return {"dpkd_token": -log_sigmoid(config.beta * rel).sum()}, config.weight * slopes
+    if sample.kind != Kind.ROLLOUT:
+        return {}, np.zeros_like(log_q)
+    worth = np.array(sample.draw.returns)
+    ratio = np.exp((log_q * labels).sum(1) - np.array(sample.draw.log_probs))
+    limited = np.clip(ratio, 1 - config.clip, 1 + config.clip)
+    weight = np.where(ratio * worth <= limited * worth, -ratio * worth, 0.0)[:, None]
+    reverse = (np.exp(log_q) * (log_q - log_p)).sum(1)
+    slope = np.exp(log_q) * (log_q - log_p - reverse[:, None])
+    return {"policy_gradient": -np.minimum(ratio * worth, limited * worth).sum(), "reverse_kl": reverse.sum()}, (
+        weight * (labels - np.exp(log_q)) + config.single_step_weight * slope)
+
+
 def by_complex_step(function, scores: np.ndarray) -> np.ndarray:
     """The derivative of the sum of `function(scores)`, exact to rounding: Im f(x + ih) / h."""
     slopes = np.zeros(scores.shape)
@@ -227,13 +267,14 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
     def add(metric, value):
         means[metric] = means.get(metric, 0.0) + value
 
-    nll_kind = Kind.TEACHER_ANSWER if kind_of in ("sft", "kd") and config.answers == "teacher" else Kind.CHOSEN
+    from_teacher = kind_of in ("sft", "kd", "dpkd_token") and config.answers == "teacher"
+    nll_kind = Kind.TEACHER_ANSWER if from_teacher else Kind.CHOSEN
     match kind_of:
         case "sft":
             sft_weight = 1.0
-        case "kd":
+        case "kd" | "dpkd_token":
             sft_weight = 1.0 - config.weight
-        case "dpkd":
+        case "dpkd" | "minillm":
             sft_weight = config.lm_weight
         case "pad":
             sft_weight = 0.0
@@ -261,6 +302,11 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
             mean = (q * a).sum(-1, keepdims=True)
             add("expected_advantage", mean.sum() / counts[Kind.ROLLOUT])
             backward(sample, number, -config.gamma / counts[Kind.ROLLOUT] * q * (a - mean))
+        if kind_of in ("dpkd_token", "minillm"):
+            reported, slope = released_terms(config, sample, labels, log_q, log_probs("teacher", sample, number))
+            for metric, total in reported.items():
+                add(metric, total / counts[sample.kind])
+            backward(sample, number, slope / counts[sample.kind])
     if kind_of in ("dpo", "ipo", "cpo", "simpo", "dpkd", "pad"):
         own = [(sample, number) for sample, number, _ in samples]
         if kind_of != "pad":
@@ -277,6 +323,10 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
             backward(sample, number, slope * (one_hot(sample) - np.exp(log_probs("student", sample, number))))
     weights = {"nll": sft_weight, "reward_accuracy": 0.0, "reward_margin": 0.0, "best_agreed": 0.0}
     weights |= dict.fromkeys(("dpo", "ipo", "cpo", "simpo", "dpkd", "pad"), 1.0)
+    if kind_of == "dpkd_token":
+        weights |= {"dpkd_token": config.weight}
+    if kind_of == "minillm":
+        weights |= {"policy_gradient": 1.0, "reverse_kl": config.single_step_weight}
     if kind_of == "kd":
         weights |= {config.divergence: config.weight}
     if kind_of == "dckd":
