@@ -47,8 +47,14 @@ class TrainStage(Stage):
     """Name of the `generate` stage with the teacher's answers, where the objective takes them."""
     scores: str | None = None
     """Name of the `score` stage with the teacher's scores of the rollouts, where the objective takes them."""
+    reference: str | None = None
+    """Model that takes part as the reference in this stage, in the reference role's layout; that role's own when left
+    out. DPO of a student compares with the student's own start."""
     optimizer: Optimizer = Optimizer()
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; or `tokens` in its place."""
+    tokens: int | None = Field(None, ge=1)
+    """Trains the fewest steps after which the trained model has worked through this many tokens, prompts included."""
     global_batch: int = Field(ge=1)
     """Groups in one optimizer step, over all data-parallel ranks."""
     checkpoint_every: int = Field(50, ge=1)
