@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,12 @@ def tiny_recipe(folder: Path, *, context: int = CONTEXT) -> dict[str, Any]:
     }
 
 
-def run_here(recipe: Path, *overrides: str) -> None:
+def run_here(recipe: Path, *overrides: str, only: Sequence[str] = ()) -> None:
     """Runs a recipe as `megakd run` does, on the ranks of a pool (`tests.ranks.run_ranks`)."""
     loaded = load(recipe, overrides)
     world = runtime.adopt(torch.device(loaded.device))
     check_recipe(loaded, world.size)
-    run_stages(loaded, world)
+    run_stages(loaded, world, only)
 
 
 def stage(raw: dict[str, Any], name: str) -> dict[str, Any]:
