@@ -145,6 +145,8 @@ def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
         match stage:
             case TrainStage():
                 models[f"{field}.init"] = (stage.init, stage.trains)
+                if stage.reference is not None:
+                    models[f"{field}.reference"] = (stage.reference, "reference")
             case GenerateStage():
                 models[f"{field}.model"] = (stage.model, stage.role)
             case ScoreStage():

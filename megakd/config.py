@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from megakd.config_base import MODEL_OF_RUN, Section
 from megakd.config_checks import check_stages
 from megakd.config_errors import as_config_error
-from megakd.config_stages import AnyStage
+from megakd.config_stages import AnyStage, TrainStage
 from megakd.errors import ConfigError
 
 
@@ -100,6 +100,10 @@ class Recipe(Section):
     def role(self, name: str) -> Role:
         """The role called `student`, `teacher` or `reference`."""
         return {"student": self.student, "teacher": self.teacher, "reference": self.reference}[name]
+
+    def teacher_model(self, stage: TrainStage, role: str) -> str:
+        """The model that takes part in a training stage as `role`, teacher or reference."""
+        return stage.reference if role == "reference" and stage.reference is not None else self.role(role).model
 
     def path_of_model(self, model: str) -> Path:
         """Directory of a model written as a path or as `run:NAME`."""

@@ -89,8 +89,9 @@ def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
     field = f"stages.{stage.name}"
     match stage:
         case TrainStage():
-            return [(f"{field}.init", stage.init), *((f"{role}.model", recipe.role(role).model)
-                                                     for role in stage.roles)]
+            return [(f"{field}.init", stage.init),
+                    *((f"{field}.reference" if role == "reference" and stage.reference is not None else f"{role}.model",
+                       recipe.teacher_model(stage, role)) for role in stage.roles)]
         case GenerateStage() | ScoreStage() | ExportStage():
             return [(f"{field}.model", stage.model)]
         case EvalStage():
@@ -138,6 +139,13 @@ def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
     if stage.kind in OBJECTIVES_OF and kind not in OBJECTIVES_OF[stage.kind]:
         rule = f"a stage of kind {stage.kind!r} takes {', '.join(OBJECTIVES_OF[stage.kind])}"
         raise ConfigError(f"{field}.objective.kind", kind, rule, "Change the stage's kind or its objective")
+    if (stage.steps is None) == (stage.tokens is None):
+        found = "both are" if stage.tokens is not None else "neither is"
+        raise ConfigError(f"{field}.steps", stage.steps, f"a training stage takes either steps or tokens, and {found} "
+                          f"given (tokens = {stage.tokens})", f"Write {field}.steps or {field}.tokens, not both")
+    if stage.reference is not None and "reference" not in stage.objective.roles:
+        raise ConfigError(f"{field}.reference", stage.reference,
+                          f"the objective {kind!r} takes no reference, as it is set", "Leave it out")
     for name, maker in MAKERS.items():
         value = getattr(stage, name)
         if name in stage.drawn_online:
@@ -198,6 +206,9 @@ def _check_online(stage: TrainStage) -> None:
         raise ConfigError(f"stages.{stage.name}.checkpoint_every", stage.checkpoint_every, "has to be a multiple of "
                           f"online.every, {online.every}: answers cannot be drawn again from weights that have moved",
                           f"Write {fitting}")
+    if stage.tokens is not None:
+        raise ConfigError(f"stages.{stage.name}.tokens", stage.tokens, "how many steps that takes is not known before "
+                          "the answers are drawn", f"Write stages.{stage.name}.steps")
     _check_generate_stage(f"{stage.name}.online", online)
     if online.teacher_mix > 0 and "rollouts" not in stage.drawn_online:
         raise ConfigError(f"{field}.teacher_mix", online.teacher_mix, "the student draws no answers here",

@@ -75,8 +75,14 @@ class TrainStage(Stage):
     """Name of the `score` stage with the teacher's scores of the rollouts, where the objective takes them."""
     online: OnlineAnswers | None = None
     """Draws answers while it trains, in place of `rollouts` or `teacher_answers`."""
+    reference: str | None = None
+    """Model that takes part as the reference in this stage, in the reference role's layout; that role's own when left
+    out. DPO of a student compares with the student's own start."""
     optimizer: Optimizer = Optimizer()
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; or `tokens` in its place."""
+    tokens: int | None = Field(None, ge=1)
+    """Trains the fewest steps after which the trained model has worked through this many tokens, prompts included."""
     global_batch: int = Field(ge=1)
     """Groups in one optimizer step, over all data-parallel ranks."""
     checkpoint_every: int = Field(50, ge=1)

@@ -22,6 +22,7 @@ from megakd.config_stages import AnyStage
 from megakd.errors import MegakdError
 from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions, write_text_atomic
 from megakd.mcore import runtime
+from megakd.mcore.runtime import World
 from megakd.provenance import stage_config, stage_inputs
 from megakd.run import Run
 from megakd.stages import run_stage
@@ -38,18 +39,23 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
     """
     world = runtime.start(recipe.device)
     try:
-        run = Run(recipe, world)
-        runtime.seed(recipe.seed, run.layout("student"), world.rank)
-        if run.is_root:
-            recipe.output.mkdir(parents=True, exist_ok=True)
-            for name in redo:
-                shutil.rmtree(run.folder(name), ignore_errors=True)
-            write_text_atomic(recipe.output / "recipe.yaml", dump(recipe))
-        for stage in recipe.stages:
-            if not only or stage.name in only:
-                _run_or_skip(run, stage)
+        run_stages(recipe, world, only, redo)
     finally:
         runtime.stop()
+
+
+def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
+    """`run_recipe` in a process that has joined the others already."""
+    run = Run(recipe, world)
+    runtime.seed(recipe.seed, run.layout("student"), world.rank)
+    if run.is_root:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        for name in redo:
+            shutil.rmtree(run.folder(name), ignore_errors=True)
+        write_text_atomic(recipe.output / "recipe.yaml", dump(recipe))
+    for stage in recipe.stages:
+        if not only or stage.name in only:
+            _run_or_skip(run, stage)
 
 
 def _run_or_skip(run: Run, stage: AnyStage) -> None:

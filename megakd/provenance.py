@@ -34,7 +34,7 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
         case TrainStage():
             paths["init"] = recipe.path_of_model(stage.init)
             for role in stage.roles:
-                paths[role] = recipe.path_of_model(recipe.role(role).model)
+                paths[role] = recipe.path_of_model(recipe.teacher_model(stage, role))
             paths |= _numbered("train", recipe.data.train)
             for name in stage.objective.inputs:
                 if name in stage.drawn_online:

@@ -81,14 +81,14 @@ class Run:
             path, Architecture.read(path), parallel, self.recipe.precision, self.grid(role), self.world.device
         )
 
-    def load_teacher(self, role: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
-        """A frozen teacher in its own layout, with its head cut for the student's."""
+    def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
+        """The model `source` as a frozen teacher in the layout of `role`, with its head cut for the student's."""
         settings: Role = self.recipe.role(role)
-        model = freeze(self.load_model(role, settings.model))
+        model = freeze(self.load_model(role, source))
         head_VK = None
         if student.is_last_stage:
             head_VK = load_head(
-                self.recipe.path_of_model(settings.model),
+                self.recipe.path_of_model(source),
                 model.architecture,
                 student.at.tensor,
                 student.layout.tensor,

@@ -50,14 +50,24 @@ class Training:
         self.model = run.load_model(stage.trains, stage.init)
         kinds = self.objective.requires.teacher_kinds
         self.teachers = {
-            role: run.load_teacher(role, kinds[role], self.model.grid) for role in self.objective.requires.teachers
+            role: run.load_teacher(role, run.recipe.teacher_model(stage, role), kinds[role], self.model.grid)
+            for role in self.objective.requires.teachers
         }
-        self.trainer = make_trainer(self.model, stage.optimizer, stage.steps)
         self.data = training_data(run, stage, self.objective, self.model, self.teachers)
+        self.steps = stage.steps if stage.tokens is None else self._steps_for(stage.tokens)
+        self.trainer = make_trainer(self.model, stage.optimizer, self.steps)
 
     def step_at(self, number: int) -> Step:
         """The groups of step `number` (from 0). Collective where answers are drawn."""
         return self.data.step_at(number)
+
+    def _steps_for(self, tokens: int) -> int:
+        """The fewest steps that work through `tokens` tokens."""
+        number = 0
+        while tokens > 0:
+            tokens -= self.step_at(number).all_tokens
+            number += 1
+        return number
 
     def forward_backward(self, step: Step) -> dict[str, float]:
         """The teachers' signals, then the student's forward and backward; leaves the step's gradient in the trainer."""
@@ -97,14 +107,14 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     log = RunLog(
         run.folder(stage.name),
         rank=run.world.rank,
-        total_steps=stage.steps,
+        total_steps=training.steps,
         stage=stage.name,
         progress=True,
         first_step=start,
         wandb_project="megakd" if run.recipe.wandb else None,
     )
     with log:
-        for number in range(start, stage.steps):
+        for number in range(start, training.steps):
             step = training.step_at(number)
             metrics = training.forward_backward(step)
             learning_rate = trainer.learning_rate
@@ -112,7 +122,7 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
             metrics |= {"grad_norm": norm, "lr": learning_rate}
             trainer.tokens += step.all_tokens
             log.step(number, metrics, tokens=step.all_tokens)
-            if (number + 1) % stage.checkpoint_every == 0 and number + 1 < stage.steps:
+            if (number + 1) % stage.checkpoint_every == 0 and number + 1 < training.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
     run.export(training.model, stage.init, stage.save_as, "float32")
     return TrainResult(metrics, trainer.tokens)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from megakd.check import check_recipe
+from megakd.config import load
+from megakd.mcore import runtime
+from megakd.pipeline import run_stages
 from tests.hf_models import architecture, random_tensors, write_model
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
@@ -102,6 +108,14 @@ def tiny_recipe(folder: Path, *, context: int = CONTEXT) -> dict[str, Any]:
             {"name": "report", "kind": "report"},
         ],
     }
+
+
+def run_here(recipe: Path, *overrides: str, only: Sequence[str] = ()) -> None:
+    """Runs a recipe as `megakd run` does, on the ranks of a pool (`tests.ranks.run_ranks`)."""
+    loaded = load(recipe, overrides)
+    world = runtime.adopt(torch.device(loaded.device))
+    check_recipe(loaded, world.size)
+    run_stages(loaded, world, only)
 
 
 def stage(raw: dict[str, Any], name: str) -> dict[str, Any]:

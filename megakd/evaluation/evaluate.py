@@ -63,8 +63,9 @@ class Evaluation:
             too_long=run.recipe.data.too_long,
         )
         student = run.grid("student")
-        self.teacher = run.load_teacher("teacher", (Kind.CHOSEN, Kind.ROLLOUT), student)
-        self.reference = run.load_teacher("reference", (Kind.ROLLOUT,), student)
+        recipe = run.recipe
+        self.teacher = run.load_teacher("teacher", recipe.teacher.model, (Kind.CHOSEN, Kind.ROLLOUT), student)
+        self.reference = run.load_teacher("reference", recipe.reference.model, (Kind.ROLLOUT,), student)
         # A prompt that leaves no room for an answer has been refused already, or is dropped like a long pair.
         fitting = [
             row

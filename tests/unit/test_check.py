@@ -54,7 +54,8 @@ def test_a_good_recipe_passes_and_leaves_no_trace(raw, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ models
-@pytest.mark.parametrize("field", ["reference.model", "student.model", "stages.dckd.init", "stages.eval.models.start"])
+@pytest.mark.parametrize("field", ["reference.model", "student.model", "stages.dckd.init", "stages.dpo.reference",
+                                   "stages.eval.models.start"])
 def test_a_missing_model_directory(raw, tmp_path, field):
     section, _, name = field.rpartition(".")
     node = raw[section] if section in raw else stage(raw, section.split(".")[1])
