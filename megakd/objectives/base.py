@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megakd.batch import Batch, Kind
+from megakd.losses import sequence_sums
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,26 @@ class Objective(Protocol):
     ) -> LossTerms:
         """The terms of one micro-batch. A term with nothing in it still hangs on the student's tensors."""
         ...
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Sums of log-probabilities over some sequences [N], and their lengths in tokens [N]."""
+
+    sums_N: Tensor
+    lengths_N: Tensor
+
+    @staticmethod
+    def of(log_probs_T: Tensor, batch: Batch, rows_N: Tensor) -> SequenceScores:
+        """Of the sequences `rows_N` of a micro-batch, from the log-probabilities at all its loss positions."""
+        rows_T, sequences = batch.positions.rows_T, len(batch.kinds_B)
+        lengths_B = sequence_sums(torch.ones_like(log_probs_T), rows_T, sequences)
+        return SequenceScores(sequence_sums(log_probs_T, rows_T, sequences)[rows_N], lengths_B[rows_N])
+
+    @property
+    def means_N(self) -> Tensor:
+        """Log-probability a token."""
+        return self.sums_N / self.lengths_N
 
 
 def rows_of_kind(batch: Batch, kind: Kind) -> Tensor:

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_token_log_probs, pad_probabilistic, pad_vanilla, sequence_sums
-from megakd.objectives.base import LossContext, LossTerms, Metric, Requires, RoleOutput, Term, rows_of_kind
+from megakd.losses import fused_token_log_probs, pad_probabilistic, pad_vanilla
+from megakd.objectives.base import (
+    LossContext,
+    LossTerms,
+    Metric,
+    Requires,
+    RoleOutput,
+    SequenceScores,
+    Term,
+    rows_of_kind,
+)
 
 if TYPE_CHECKING:
     from megakd.config_objectives import PadObjective
@@ -37,11 +45,9 @@ class Pad:
         log_probs_T = fused_token_log_probs(
             student.hidden_TH, student.head_VH, positions.labels_T, recompute=True, **context.arguments()
         )
-        sums_B = sequence_sums(log_probs_T, positions.rows_T, len(batch.kinds_B))
-        lengths_B = sequence_sums(torch.ones_like(log_probs_T), positions.rows_T, len(batch.kinds_B))
         order_B = rows_of_kind(batch, Kind.ROLLOUT)
         groups = int(batch.group_ids_B.max()) + 1
-        student_NG = (sums_B / lengths_B)[order_B].view(groups, -1)
+        student_NG = SequenceScores.of(log_probs_T, batch, order_B).means_N.view(groups, -1)
         teacher_NG = batch.scores_B[order_B].view(groups, -1)
         agreed_N = student_NG.detach().argmax(1) == teacher_NG.argmax(1)
         return LossTerms(

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from megakd import losses
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_token_log_probs, sequence_sums
-from megakd.objectives.base import LossContext, LossTerms, Metric, Requires, RoleOutput, Term, rows_of_kind
+from megakd.losses import fused_token_log_probs
+from megakd.objectives.base import (
+    LossContext,
+    LossTerms,
+    Metric,
+    Requires,
+    RoleOutput,
+    SequenceScores,
+    Term,
+    rows_of_kind,
+)
 from megakd.objectives.sft import nll_term
 
 if TYPE_CHECKING:
@@ -95,10 +104,10 @@ class Preference:
         )
 
     def _answers(self, kind: Kind, log_probs_T: Tensor, reference_T: Tensor | None, batch: Batch) -> Answers:
-        rows_T, sequences, rows_P = batch.positions.rows_T, len(batch.kinds_B), rows_of_kind(batch, kind)
-        length_B = sequence_sums(torch.ones_like(log_probs_T), rows_T, sequences)
-        reference_P = None if reference_T is None else sequence_sums(reference_T, rows_T, sequences)[rows_P]
-        return Answers(sequence_sums(log_probs_T, rows_T, sequences)[rows_P], reference_P, length_B[rows_P])
+        rows_P = rows_of_kind(batch, kind)
+        scores = SequenceScores.of(log_probs_T, batch, rows_P)
+        reference_P = None if reference_T is None else SequenceScores.of(reference_T, batch, rows_P).sums_N
+        return Answers(scores.sums_N, reference_P, scores.lengths_N)
 
     def _values(self, better: Answers, worse: Answers) -> tuple[Tensor, Tensor]:
         """Losses and reward margins [P]."""

@@ -240,7 +240,7 @@ def test_a_missing_key(setting, field, name):
 
 
 KINDS = "Write one of sft, dpo, distill, generate, score, eval, export, report"
-OBJECTIVES = "Write one of sft, kd, dpo, ipo, cpo, simpo, dckd, adpa, dpkd, pad"
+OBJECTIVES = "Write one of sft, kd, dpo, ipo, cpo, simpo, dckd, adpa, dpkd, dpkd_token, minillm, pad"
 
 
 @pytest.mark.parametrize("setting, value, field, rule, fix", [
