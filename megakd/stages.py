@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -12,17 +11,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
+from megakd.config_evaluation import EvalStage
+from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
 from megakd.data import artefacts
-from megakd.data.dataset import KeyedPrompt, left_out, skipped
+from megakd.data.dataset import KeyedPrompt, left_out, sample_id, skipped
 from megakd.data.dataset import prompts as tokenised_prompts
 from megakd.data.files import atomic_writer
 from megakd.data.scores import ScoresHeader, write_scores
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
-from megakd.evaluation.evaluate import Evaluation, generate_on_replicas
+from megakd.evaluation.answering import generate_on_replicas
+from megakd.evaluation.evaluate import Evaluation
 from megakd.evaluation.preferences import score_rollouts
-from megakd.manifest import hash_path, write_json_atomic
+from megakd.evaluation.summary import write_summary
+from megakd.manifest import hash_path
 from megakd.mcore.model import freeze
 from megakd.provenance import ROLLOUTS, SCORES
 from megakd.report import write_report
@@ -35,7 +37,6 @@ from megakd.train import train
 
 logger = logging.getLogger("megakd")
 
-SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 
 
@@ -81,7 +82,7 @@ def _generate(run: Run, stage: GenerateStage) -> StageResult:
         temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, n=stage.n,
         max_new_tokens=stage.max_new_tokens, stop_ids=run.tokenizer.stop_ids, seed=run.recipe.seed,
     )
-    asked = [Prompt(_sample_id(prompt.key), prompt.tokens) for prompt in prompts]
+    asked = [Prompt(sample_id(prompt.key), prompt.tokens) for prompt in prompts]
     answers = generate_on_replicas(run, model, asked, sampling, stage.slots)
     rows = [
         row
@@ -155,12 +156,12 @@ def _evaluate(run: Run, stage: EvalStage) -> StageResult:
     if run.is_root:
         lines = [
             {"prompt": row.prompt[-1]["content"], **{label: texts[number] for label, texts in answers.items()},
-             "chosen": row.chosen}
+             row.answer_field: row.answer}
             for number, row in enumerate(evaluation.prompt_rows)
         ]
         with atomic_writer(run.folder(stage.name) / SAMPLES) as stream:
             stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        write_json_atomic(run.recipe.output / SUMMARY, summary)
+        write_summary(run.recipe, stage.name, summary)
     return StageResult(evaluation.tokens, summary)
 
 
@@ -183,8 +184,3 @@ def _remove_unfinished_model(run: Run, name: str) -> None:
     if run.is_root and directory.exists():
         shutil.rmtree(directory)
     dist.barrier(group=dist.group.WORLD)
-
-
-def _sample_id(key: str) -> int:
-    """A number that names a row whatever other rows are drawn beside it; it seeds the row's noise."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)

@@ -1,0 +1,49 @@
+"""Answers of a model to prompts, by all of its replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megakd.comm import all_gather_json
+from megakd.data.dataset import KeyedPrompt
+from megakd.data.dataset import prompts as tokenised_prompts
+from megakd.data.readers import PreferenceRow
+from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.rollout.engine import Prompt, Rollout, generate
+from megakd.rollout.sampling import Sampling
+from megakd.run import Run
+
+
+def generate_on_replicas(
+    run: Run, model: Model, prompts: Sequence[Prompt], sampling: Sampling, slots: int
+) -> list[Rollout]:
+    """Lets the data-parallel replicas of a model answer the prompts in turn.
+
+    Returns:
+        The answers in the order of the prompts (and of the index within one), on every rank.
+
+    Collectives: the engine's, then an all-gather of the answers over the data group.
+    """
+    grid = model.grid
+    mine = prompts[grid.at.data :: grid.layout.data]
+    with evaluating(model):
+        answers = generate(
+            PipelineDecoder(model, run.recipe.data.max_length), mine, sampling, slots=slots, pad_id=run.tokenizer.pad_id
+        )
+    plain = [[r.sample_id, r.index, r.tokens, r.log_probs, r.finish_reason] for r in answers]
+    gathered = all_gather_json(plain, grid.groups.dp, run.world.device)
+    order = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
+    everything = [
+        Rollout(i, index, tuple(tokens), tuple(log_probs), reason)
+        for part in gathered
+        for i, index, tokens, log_probs, reason in part
+    ]
+    return sorted(everything, key=lambda rollout: (order[rollout.sample_id], rollout.index))
+
+
+def held_out_prompts(run: Run, count: int | None) -> list[tuple[PreferenceRow, KeyedPrompt]]:
+    """The first `count` held-out rows (all for None), each once, whose prompt leaves room for an answer."""
+    data = run.recipe.data
+    kept, _ = tokenised_prompts(run.eval_rows, run.tokenizer, data.max_length - 1, too_long=data.too_long)
+    rows = {row.key: row for row in run.eval_rows}
+    return [(rows[prompt.key], prompt) for prompt in kept[:count]]
