@@ -22,6 +22,7 @@ from megakd.config_stages import ExportStage, GenerateStage, ScoreStage, TrainSt
 from megakd.data.dataset import held_out_groups, preference_groups, prompts, read_rows
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
+from megakd.evaluation.checks import check_evaluation
 from megakd.hf.directory import tensor_files
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Piece, check_layout, pieces, stage_shards
@@ -49,6 +50,7 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = ()) -> None:
     check_finished_stages(recipe, redo)
     check_models(recipe)
     check_rows(recipe)
+    check_evaluation(recipe, tokenizer_of(recipe))
     check_room(recipe)
 
 

@@ -213,15 +213,16 @@ def instruction(number, reference="yes, twelve"):
 def test_the_answer_is_the_field_that_is_set(tokenizer, tmp_path):
     """Instruction files have a reference and no chosen answer."""
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "q", "reference": "yes, twelve"}\n{"prompt": "r", "reference": "no", "chosen": "other"}\n')
+    lines = ['{"prompt": "q", "reference": "yes, twelve"}', '{"prompt": "r", "reference": "no", "chosen": "other"}']
+    file.write_text("\n".join(lines))
     rows = read_rows([file], None, 1, "reference")
     assert [row.answer for row in rows] == ["yes, twelve", "no"]
     groups = preference_groups(rows, tokenizer, (Kind.CHOSEN,), **LIMITS)
     [sample] = groups[1].samples
     assert sample.kind is Kind.CHOSEN and tokenizer.decode(sample.tokens[sample.prompt_length :]) == "no"
     message = refused(preference_groups, read_rows([file], None, 1, "chosen"), tokenizer, (Kind.CHOSEN,), **LIMITS)
-    assert message == ("rows.jsonl:1: field 'chosen': missing, and it is needed to train on or to compare with. Add it to "
-                       "every row, or write data.answer: reference, which the row has")
+    assert message == ("rows.jsonl:1: field 'chosen': missing, and it is needed to train on or to compare with. "
+                       "Add it to every row, or write data.answer: reference, which the row has")
     message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), max_length=3, too_long="error")
     assert message.startswith("rows.jsonl:1: field 'reference': ")
 
@@ -231,7 +232,8 @@ def test_rows_of_prompts_alone(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "q", "chosen": "a"}\n{"prompt": "r"}\n')
     rows = read_rows([file], None, 1, "chosen")
-    assert [prompt.key for prompt in prompts(rows, tokenizer, 100, too_long="error")[0]] == ["rows.jsonl:1", "rows.jsonl:2"]
+    kept, _ = prompts(rows, tokenizer, 100, too_long="error")
+    assert [prompt.key for prompt in kept] == ["rows.jsonl:1", "rows.jsonl:2"]
     message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), **LIMITS)
     assert message.startswith("rows.jsonl:2: field 'chosen': missing") and message.endswith("Add it to every row")
 
