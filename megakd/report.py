@@ -39,7 +39,7 @@ class MetricText:
 
 METRIC_TEXTS = {
     "kl_to_teacher": MetricText("KL to the teacher", "KL(teacher || student) in nats a token, held-out answers", -1),
-    "reverse_kl": MetricText("KL from the teacher", "KL(student || teacher), nats a token of the model's own answers", -1),
+    "reverse_kl": MetricText("KL from the teacher", "KL(student || teacher), nats a token of its own answers", -1),
     "expected_advantage": MetricText(
         "Expected advantage", "of the teacher over its reference, on the student's own answers, nats a token", +1
     ),
