@@ -41,6 +41,8 @@ setup(
         # Reading GGUF files and comparing with transformers.
         "hf": ["transformers>=5,<6", "gguf>=0.17", "accelerate>=1.10"],
         "eval": ["rouge-score>=0.1.2"],
+        # For stages of kind lm_eval, with the extra hf.
+        "lm-eval": ["lm-eval>=0.4.13,<0.5"],
         "wandb": ["wandb>=0.19"],
         # What benchmarks/losses.py compares with; benchmarks/README.md says how to add Liger.
         "bench": ["nvidia-modelopt>=0.47,<0.48", "trl>=1.16,<1.17"],

@@ -17,10 +17,12 @@ from megakd.batch import Kind
 from megakd.config import Recipe
 from megakd.config_base import MODEL_OF_RUN
 from megakd.config_checks import check_world
-from megakd.config_stages import EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
-from megakd.data.dataset import preference_groups, prompts, read_rows
+from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage, WinRateStage
+from megakd.config_stages import ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.data.dataset import held_out_groups, preference_groups, prompts, read_rows
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
+from megakd.evaluation.checks import check_evaluation
 from megakd.hf.directory import tensor_files
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Piece, check_layout, pieces, stage_shards
@@ -48,6 +50,7 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = ()) -> None:
     check_finished_stages(recipe, redo)
     check_models(recipe)
     check_rows(recipe)
+    check_evaluation(recipe, tokenizer_of(recipe))
     check_room(recipe)
 
 
@@ -153,7 +156,7 @@ def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
                 models[f"{field}.model"] = (stage.model, "teacher")
             case ExportStage():
                 models[f"{field}.model"] = (stage.model, "student")
-            case EvalStage():
+            case EvalStage() | AnsweringStage() | LmEvalStage():
                 models |= {f"{field}.models.{label}": (model, "student") for label, model in stage.models.items()}
     return models
 
@@ -199,9 +202,9 @@ def reads_texts(recipe: Recipe, field: str) -> bool:
     """Whether the model of a field only ever reads texts, and may so have another tokenizer than the run's."""
     if field != "teacher.model":
         return any(isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model" for stage in recipe.stages)
-    scored = any(isinstance(stage, ScoreStage) for stage in recipe.stages)
-    return scored and not any(
-        isinstance(stage, EvalStage) or (isinstance(stage, TrainStage) and "teacher" in stage.roles)
+    return not any(
+        isinstance(stage, EvalStage) and stage.teacher
+        or isinstance(stage, TrainStage) and "teacher" in stage.roles
         for stage in recipe.stages
     )
 
@@ -222,7 +225,10 @@ def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) 
     first, *others = dict.fromkeys(directories)
     own = load_tokenizer(first, chat_template=recipe.data.chat_template)
     for directory in others:
-        require_same(own, load_tokenizer(directory, chat_template=recipe.data.chat_template))
+        try:
+            require_same(own, load_tokenizer(directory, chat_template=recipe.data.chat_template))
+        except ModelError as error:
+            raise ModelError(f"{error}{_without_teacher(recipe, directory)}") from error
     size = architectures[first].vocab_size
     for directory in others:
         other = architectures[directory].vocab_size
@@ -238,6 +244,18 @@ def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) 
         )
 
 
+def _without_teacher(recipe: Recipe, directory: Path) -> str:
+    """What else helps against a directory with another tokenizer: evaluation without the teacher, if that is all."""
+    if directory != directory_behind(recipe, recipe.teacher.model):
+        return ""
+    comparing = [stage for stage in recipe.stages if isinstance(stage, EvalStage) and stage.teacher]
+    others = recipe.model_copy(update={"stages": tuple(stage for stage in recipe.stages if stage not in comparing)})
+    if not comparing or not reads_texts(others, "teacher.model"):
+        return ""
+    settings = " and ".join(f"stages.{stage.name}.teacher: false" for stage in comparing)
+    return f". Or write {settings}, which leaves out KL and expected advantage"
+
+
 def tokenizer_of(recipe: Recipe) -> Tokenizer:
     """The run's one tokenizer: the reference's, or of what that will be made from."""
     return load_tokenizer(directory_behind(recipe, recipe.reference.model), chat_template=recipe.data.chat_template)
@@ -250,13 +268,13 @@ def check_rows(recipe: Recipe) -> None:
     limits = {"max_length": data.max_length, "too_long": data.too_long}
     trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
     generates = any(isinstance(stage, GenerateStage) for stage in recipe.stages)
-    evals = any(isinstance(stage, EvalStage) for stage in recipe.stages)
+    evals = any(isinstance(stage, EvalStage | WinRateStage) for stage in recipe.stages)
     for wanted, files, field in ((trains or generates, data.train, "data.train"), (evals, data.eval, "data.eval")):
         if wanted and not files:
             rule = "a stage reads these rows and no file is named"
             raise ConfigError(field, [], rule, "Name JSONL or Parquet files, or folders of them")
     if trains or generates:
-        rows = read_rows(data.train, data.train_rows, recipe.seed)
+        rows = read_rows(data.train, data.train_rows, recipe.seed, data.answer)
         for stage in trains:
             given = (Kind.CHOSEN, Kind.REJECTED)
             kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind in given]
@@ -269,8 +287,10 @@ def check_rows(recipe: Recipe) -> None:
         if generates:
             prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
     if evals:
-        rows = read_rows(data.eval, data.eval_rows, recipe.seed)
-        preference_groups(rows, tokenizer, (Kind.CHOSEN, Kind.REJECTED), **limits)
+        rows = read_rows(data.eval, data.eval_rows, recipe.seed, data.answer)
+        if any(isinstance(stage, EvalStage) for stage in recipe.stages):
+            held_out_groups(rows, tokenizer, **limits)
+        prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
 
 
 def check_room(recipe: Recipe) -> None:

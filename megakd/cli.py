@@ -128,8 +128,8 @@ def show_result(recipe: Recipe) -> None:
     """Prints the table of before and after and the paths, where there is a summary."""
     import json
 
+    from megakd.evaluation.summary import SUMMARY
     from megakd.report import console_table
-    from megakd.stages import SUMMARY
 
     summary = recipe.output / SUMMARY
     if summary.exists():

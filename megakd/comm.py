@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megakd.errors import MegakdError
+
+HEARTBEAT = 20.0
+"""Seconds between two signs of life of a rank that the others wait for."""
 
 
 def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
@@ -41,6 +48,45 @@ def all_gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) 
     dist.all_gather_into_tensor(gathered, padded, group=group)
     rows = gathered.view(len(lengths), longest)
     return [_decode(row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def on_one_rank(work: Callable[[], Any], source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Lets the group's rank `source` do something that takes as long as it takes, and tells all what came of it.
+
+    A rank that waits in one collective gives up after half an hour, so the others hear every HEARTBEAT seconds that the
+    work goes on. `work` runs in a thread of its own, and uses no collectives; what it returns is plain (JSON).
+
+    Collectives: two broadcasts over `group` every HEARTBEAT seconds, and at the end.
+
+    Raises:
+        BaseException: on `source` what `work` raised.
+        MegakdError: on the other ranks, in its place.
+    """
+    if dist.get_rank(group) != source:
+        while not (report := broadcast_json(None, source, group, device))["done"]:
+            pass
+        if report["error"] is not None:
+            raise MegakdError(report["error"])
+        return report["value"]
+    found: dict[str, Any] = {"value": None, "error": None}
+
+    def body() -> None:
+        try:
+            found["value"] = work()
+        except BaseException as error:  # it is raised below, in the caller's thread
+            found["error"] = error
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    while True:
+        thread.join(HEARTBEAT)
+        done, error = not thread.is_alive(), found["error"]
+        text = None if error is None else f"rank {source}: {error}"
+        broadcast_json({"done": done, "error": text, "value": found["value"] if done else None}, source, group, device)
+        if done and error is not None:
+            raise error
+        if done:
+            return found["value"]
 
 
 def _encode(value: Any, device: torch.device) -> Tensor:

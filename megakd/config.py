@@ -58,7 +58,7 @@ class Precision(Section):
 
 # ----------------------------------------------------------------------------------------------------------- data
 class Data(Section):
-    """Preference rows: JSONL (also .gz), JSON or Parquet files, or folders of them."""
+    """Rows with a prompt and what belongs to it: JSONL (also .gz), JSON or Parquet files, or folders of them."""
 
     train: tuple[Path, ...] = ()
     """Training files."""
@@ -68,6 +68,8 @@ class Data(Section):
     """How many training rows to use, drawn once by the seed; all when left out."""
     eval_rows: int | None = Field(None, ge=1)
     """How many held-out rows to use, drawn once by the seed; all when left out."""
+    answer: Literal["chosen", "reference"] = "chosen"
+    """Field of the rows that is the answer to learn and to compare with; instruction data have it as `reference`."""
     chat_template: Path | None = None
     """File of a chat template in place of the models' own (base models and SentencePiece models have none)."""
     max_length: int = Field(512, ge=2)

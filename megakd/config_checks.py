@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megakd.config_base import MODEL_OF_RUN
-from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
+from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage
+from megakd.config_stages import AnyStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.layout import Layout
 
@@ -71,6 +72,8 @@ def check_stages(recipe: Recipe) -> None:
             if stage.keep is not None and stage.keep > stage.n:
                 raise ConfigError(f"stages.{stage.name}.keep", stage.keep, f"only {stage.n} are drawn",
                                   "Raise n or lower keep")
+        if isinstance(stage, EvalStage):
+            _check_eval_stage(stage)
         if isinstance(stage, ScoreStage):
             _check_names_stage(f"stages.{stage.name}.rollouts", stage.rollouts, "generate", earlier)
         if isinstance(stage, TrainStage):
@@ -94,9 +97,10 @@ def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
                        recipe.teacher_model(stage, role)) for role in stage.roles)]
         case GenerateStage() | ScoreStage() | ExportStage():
             return [(f"{field}.model", stage.model)]
-        case EvalStage():
+        case EvalStage() | AnsweringStage() | LmEvalStage():
+            roles = ("teacher", "reference") if isinstance(stage, EvalStage) and stage.teacher else ()
             return [*((f"{field}.models.{label}", model) for label, model in stage.models.items()),
-                    ("teacher.model", recipe.teacher.model), ("reference.model", recipe.reference.model)]
+                    *((f"{role}.model", recipe.role(role).model) for role in roles)]
         case _:
             return []
 
@@ -230,6 +234,13 @@ def _check_generate_stage(name: str, settings: GenerateStage | OnlineAnswers) ->
     if settings.n > 1 and settings.temperature == 0:
         raise ConfigError(f"stages.{name}.n", settings.n, "greedy decoding (temperature 0) gives n equal answers",
                           "Write n: 1, or a temperature above 0")
+
+
+def _check_eval_stage(stage: EvalStage) -> None:
+    seeds = () if stage.sampling is None else stage.sampling.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"stages.{stage.name}.sampling.seeds", list(seeds), "the same seed gives the same answers",
+                          "Name each seed once")
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megakd.config_base import Section
+from megakd.config_base import Section, Stage
+from megakd.config_evaluation import AnswersStage, EvalStage, LmEvalStage, WinRateStage
 from megakd.config_objectives import Objective
 
 
@@ -23,12 +24,6 @@ class Optimizer(Section):
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 clips nothing."""
-
-
-class Stage(Section):
-    """What every stage has."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
 
 
 class OnlineAnswers(Section):
@@ -153,19 +148,6 @@ class ScoreStage(Stage):
     chunk_tokens: int = Field(256, ge=1)
 
 
-class EvalStage(Stage):
-    """Measures several models on the held-out rows; writes `summary.json`."""
-
-    kind: Literal["eval"]
-    models: dict[str, str] = Field(min_length=1)
-    """Label -> model. The first is the start that reward accuracy is also measured against."""
-    prompts: int = Field(16, ge=1)
-    """Held-out prompts that each model answers (greedy) for ROUGE-L, the expected advantage and the samples."""
-    max_new_tokens: int = Field(48, ge=1)
-    slots: int = Field(32, ge=1)
-    chunk_tokens: int = Field(256, ge=1)
-
-
 class ExportStage(Stage):
     """Writes a trained model as a Hugging Face directory of the wanted dtype, with its tokenizer."""
 
@@ -182,5 +164,14 @@ class ReportStage(Stage):
 
 
 AnyStage = Annotated[
-    TrainStage | GenerateStage | ScoreStage | EvalStage | ExportStage | ReportStage, Field(discriminator="kind")
+    TrainStage
+    | GenerateStage
+    | ScoreStage
+    | EvalStage
+    | WinRateStage
+    | AnswersStage
+    | LmEvalStage
+    | ExportStage
+    | ReportStage,
+    Field(discriminator="kind"),
 ]

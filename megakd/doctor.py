@@ -39,6 +39,7 @@ _EXTRA = {
     "transformers": ((CPU_TESTS, QUICKSTART), "hf"),
     "gguf": ((QUICKSTART,), "hf"),
     "rouge-score": ((CPU_TESTS, QUICKSTART), "eval"),
+    "lm-eval": ((), "lm-eval"),
     "pytest": ((CPU_TESTS,), "dev"),
     "pytest-xdist": ((CPU_TESTS,), "dev"),
     "hypothesis": ((CPU_TESTS,), "dev"),

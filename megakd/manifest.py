@@ -24,7 +24,7 @@ from megakd.disk import sync
 from megakd.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "safetensors")
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "safetensors", "lm-eval")
 _SAMPLED_ABOVE = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 

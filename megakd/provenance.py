@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config import Recipe
-from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.config_evaluation import AnsweringStage, AnswersStage, CommandJudge, EvalStage, LmEvalStage, WinRateStage
+from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.manifest import hash_path
 
 ROLLOUTS = "rollouts.jsonl"
 """Name of a generate stage's file in its folder."""
 SCORES = "scores.jsonl"
 """Name of a score stage's file in its folder."""
-HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
+HOW_NOT_WHAT = {
+    **dict.fromkeys(("name", "kind", "checkpoint_every", "chunk_tokens", "slots", "batch_size"), True),
+    "judge": {"timeout"}, "online": {"slots"},
+}
 """Settings of a stage that its result does not depend on."""
 
 
 def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     """The settings that the stage's result depends on, as plain values."""
     config = stage.model_dump(mode="json", exclude=HOW_NOT_WHAT)
-    if isinstance(stage, TrainStage | GenerateStage | ScoreStage | EvalStage):
+    if isinstance(stage, TrainStage | GenerateStage | ScoreStage | EvalStage | AnsweringStage):
         data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
         config |= {"seed": recipe.seed, "precision": recipe.precision.model_dump(mode="json"), "data": data}
     return config
@@ -49,12 +53,32 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
             paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
             paths |= _numbered("train", recipe.data.train)
         case EvalStage():
-            paths |= {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}
-            paths |= {role: recipe.path_of_model(recipe.role(role).model) for role in ("teacher", "reference")}
+            paths |= _labelled(recipe, stage)
+            if stage.teacher:
+                paths |= {role: recipe.path_of_model(recipe.role(role).model) for role in ("teacher", "reference")}
             paths |= _numbered("eval", recipe.data.eval)
+        case WinRateStage():
+            paths |= _labelled(recipe, stage)
+            paths |= _numbered("eval", recipe.data.eval)
+            if isinstance(stage.judge, CommandJudge):
+                words = {f"judge.command.{number}": Path(word) for number, word in enumerate(stage.judge.command)}
+                paths |= {name: path for name, path in words.items() if path.is_file()}
+            else:
+                paths["judge.model"] = Path(stage.judge.model)
+        case AnswersStage():
+            paths |= _labelled(recipe, stage)
+            paths["questions"] = stage.questions
+        case LmEvalStage():
+            paths |= _labelled(recipe, stage)
+            if stage.include_path is not None:
+                paths["include_path"] = stage.include_path
         case ExportStage():
             paths["model"] = recipe.path_of_model(stage.model)
     return {name: hash_path(path) for name, path in paths.items()}
+
+
+def _labelled(recipe: Recipe, stage: EvalStage | AnsweringStage | LmEvalStage) -> dict[str, Path]:
+    return {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}
 
 
 def _numbered(name: str, paths: Sequence[Path]) -> dict[str, Path]:

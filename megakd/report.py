@@ -39,6 +39,7 @@ class MetricText:
 
 METRIC_TEXTS = {
     "kl_to_teacher": MetricText("KL to the teacher", "KL(teacher || student) in nats a token, held-out answers", -1),
+    "reverse_kl": MetricText("KL from the teacher", "KL(student || teacher), nats a token of its own answers", -1),
     "expected_advantage": MetricText(
         "Expected advantage", "of the teacher over its reference, on the student's own answers, nats a token", +1
     ),
@@ -49,7 +50,23 @@ METRIC_TEXTS = {
         "Relative reward accuracy", "the same for log-probabilities relative to the start model (as in DPO)", +1
     ),
     "nll_chosen": MetricText("NLL of the chosen answer", "nats a token, held-out rows", -1),
-    "rouge_l": MetricText("ROUGE-L", "F1 of the model's answer against the chosen one", +1),
+    "rouge_l": MetricText("ROUGE-L", "F1 of the model's answer against the row's; standard error over the prompts", +1),
+    "rouge_l_seed_error": MetricText("ROUGE-L, error over seeds", "standard error of the seeds' means", 0),
+    "exact_match": MetricText("Exact match", "share of the answers that are the row's words", +1),
+    "exact_match_seed_error": MetricText("Exact match, error over seeds", "standard error of the seeds' means", 0),
+    **{
+        f"{name}_words_{length}": MetricText(f"{label}, references of {words} words", "", +1)
+        for name, label in (("rouge_l", "ROUGE-L"), ("exact_match", "Exact match"))
+        for length, words in (("1_30", "1 to 30"), ("31_70", "31 to 70"), ("71_up", "more than 70"))
+    },
+    "answer_tokens": MetricText("Length of an answer", "tokens, mean", 0),
+    "stopped": MetricText("Answers that stopped", "share that ended by themselves, not at the limit", 0),
+    "win_rate": MetricText(
+        "Win rate", "share of prompts on which the judge prefers it to the stage's first model, ties half", +1
+    ),
+    "win_rate_ties": MetricText("Win rate: ties", "share of the verdicts", 0),
+    "win_rate_consistent": MetricText("Win rate: consistent", "share of prompts judged alike in both orders", 0),
+    "win_rate_tokens": MetricText("Win rate: length of an answer", "tokens, mean", 0),
 }
 
 
@@ -256,6 +273,7 @@ def write_report(run_dir: Path | str) -> Path:
     recipe_html = f"<details><summary>recipe.yaml, resolved</summary><pre>{escape(recipe_text)}</pre></details>"
     sections = [_header(name, recipe, stages), _section("Before and after", _summary_html(summary)),
                 _section("Curves", _curves_html(stages)), _section("Answers", _samples_html(run_dir)),
+                *_answer_files_html(stages),
                 _section("Layout", _layout_html(stages)), _section("Cost", _cost_html(stages)),
                 _section("Versions", _versions_html(stages)), _section("Recipe", recipe_html)]
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -360,6 +378,18 @@ def _samples_html(run_dir: Path) -> str:
     more = parts[_OPEN_SAMPLES:]
     rest = f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>" if more else ""
     return "".join(parts[:_OPEN_SAMPLES]) + rest
+
+
+def _answer_files_html(stages: Sequence[_Stage]) -> list[str]:
+    """A section of the files for benchmarks' own judges, where a stage has written some."""
+    rows = [
+        [stage.name, label, f"stages/{stage.name}/{found['file']}", str(found["questions"]), str(found["answers"]),
+         f"{found['answer_tokens']:.1f}", f"{found['stopped']:.0%}"]
+        for stage in stages if stage.manifest is not None and stage.manifest.kind == "answers"
+        for label, found in stage.manifest.metrics.items()
+    ]
+    head = ["stage", "model", "file", "questions", "answers", "tokens an answer", "stopped"]
+    return [_section("Answers to benchmarks", _table(head, rows))] if rows else []
 
 
 def _prompt_text(prompt: Any) -> str:

@@ -45,12 +45,12 @@ class Run:
     @cached_property
     def train_rows(self) -> list[PreferenceRow]:
         """The training rows of this run."""
-        return read_rows(self.recipe.data.train, self.recipe.data.train_rows, self.recipe.seed)
+        return read_rows(self.recipe.data.train, self.recipe.data.train_rows, self.recipe.seed, self.recipe.data.answer)
 
     @cached_property
     def eval_rows(self) -> list[PreferenceRow]:
         """The held-out rows of this run."""
-        return read_rows(self.recipe.data.eval, self.recipe.data.eval_rows, self.recipe.seed)
+        return read_rows(self.recipe.data.eval, self.recipe.data.eval_rows, self.recipe.seed, self.recipe.data.answer)
 
     @property
     def is_root(self) -> bool:

@@ -11,23 +11,29 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
+from megakd.comm import on_one_rank
+from megakd.config_evaluation import AnswersStage, EvalStage, LmEvalStage, WinRateStage
+from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ReportStage, ScoreStage, TrainStage
 from megakd.data import artefacts
-from megakd.data.dataset import KeyedPrompt, left_out, skipped
+from megakd.data.dataset import KeyedPrompt, left_out, sample_id, skipped
 from megakd.data.dataset import prompts as tokenised_prompts
 from megakd.data.files import atomic_writer
 from megakd.data.scores import ScoresHeader, write_scores
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
+from megakd.evaluation.benchmarks import answer_questions
 from megakd.evaluation.evaluate import Evaluation
+from megakd.evaluation.lm_harness import run_tasks
 from megakd.evaluation.preferences import score_rollouts
-from megakd.manifest import hash_path, write_json_atomic
+from megakd.evaluation.summary import write_summary
+from megakd.evaluation.win_rate import win_rate
+from megakd.manifest import hash_path
 from megakd.mcore.model import freeze
 from megakd.provenance import ROLLOUTS, SCORES
 from megakd.report import write_report
 from megakd.rollout.engine import Prompt
 from megakd.rollout.engine import Rollout as Answer
-from megakd.rollout.replicas import generate_on_replicas, sample_id
+from megakd.rollout.replicas import generate_on_replicas
 from megakd.rollout.sampling import Sampling
 from megakd.rollout.selection import most_different
 from megakd.run import Run
@@ -35,7 +41,6 @@ from megakd.train import train
 
 logger = logging.getLogger("megakd")
 
-SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 
 
@@ -58,6 +63,12 @@ def run_stage(run: Run, stage: AnyStage, fingerprint: str) -> StageResult:
             return _score(run, stage)
         case EvalStage():
             return _evaluate(run, stage)
+        case WinRateStage():
+            return _by_label(run, stage, *win_rate(run, stage))
+        case AnswersStage():
+            return StageResult(*answer_questions(run, stage))
+        case LmEvalStage():
+            return _by_label(run, stage, 0, _run_tasks(run, stage))
         case ExportStage():
             return _export(run, stage)
         case ReportStage():
@@ -155,13 +166,30 @@ def _evaluate(run: Run, stage: EvalStage) -> StageResult:
     if run.is_root:
         lines = [
             {"prompt": row.prompt[-1]["content"], **{label: texts[number] for label, texts in answers.items()},
-             "chosen": row.chosen}
+             row.answer_field: row.answer}
             for number, row in enumerate(evaluation.prompt_rows)
         ]
         with atomic_writer(run.folder(stage.name) / SAMPLES) as stream:
             stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        write_json_atomic(run.recipe.output / SUMMARY, summary)
-    return StageResult(evaluation.tokens, summary)
+    return _by_label(run, stage, evaluation.tokens, summary)
+
+
+def _run_tasks(run: Run, stage: LmEvalStage) -> dict[str, dict[str, float]]:
+    def work() -> dict[str, dict[str, float]]:
+        return {
+            label: run_tasks(stage, label, run.recipe.path_of_model(model), run.folder(stage.name),
+                             device=run.recipe.device, seed=run.recipe.seed)
+            for label, model in stage.models.items()
+        }
+
+    return on_one_rank(work, 0, dist.group.WORLD, run.world.device)
+
+
+def _by_label(run: Run, stage: AnyStage, tokens: int, metrics: dict[str, dict[str, Any]]) -> StageResult:
+    """The result of a stage that measures models by label, which goes into the run's summary, too."""
+    if run.is_root:
+        write_summary(run.recipe, stage.name, metrics)
+    return StageResult(tokens, metrics)
 
 
 def _export(run: Run, stage: ExportStage) -> StageResult:

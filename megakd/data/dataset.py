@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,12 +54,19 @@ class KeyedPrompt:
     hash: str
 
 
-def read_rows(paths: Sequence[Path], count: int | None, seed: int) -> list[PreferenceRow]:
+def read_rows(paths: Sequence[Path], count: int | None, seed: int, answer: str) -> list[PreferenceRow]:
     """The rows of data files; `count` of them in an order that the seed alone decides, or all in the files' order.
 
-    Every row needs a prompt and a chosen answer; `preference_groups` asks for what else an objective takes.
+    Every row needs a prompt, which is all that a generator asks for; `preference_groups` asks for what an objective
+    takes.
+
+    Args:
+        paths: files and folders.
+        count: how many rows, or None for all.
+        seed: of the draw.
+        answer: the field that is the rows' answer (`data.answer`).
     """
-    rows = read_preferences(paths, require=("prompt", "chosen"))
+    rows = [replace(row, answer_field=answer) for row in read_preferences(paths, require=("prompt",))]
     if count is None:
         return rows
     return [rows[index] for index in StepSampler(len(rows), min(count, len(rows)), seed).indices(0)]
@@ -125,6 +132,24 @@ def group_of(row: PreferenceRow, tokenizer: Tokenizer, kinds: Sequence[Kind], ge
     """
     samples, _ = _samples(row, tokenizer, kinds, generated)
     return Group(row.key, tuple(samples))
+
+
+def held_out_groups(
+    rows: Sequence[PreferenceRow], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong
+) -> list[Group]:
+    """What is measured of held-out rows: the pairs of those that have a rejected answer, then the others' answers."""
+    pairs = [row for row in rows if row.rejected is not None]
+    answers = [row for row in rows if row.rejected is None]
+    groups: list[Group] = []
+    for some, kinds in ((pairs, (Kind.CHOSEN, Kind.REJECTED)), (answers, (Kind.CHOSEN,))):
+        if some:
+            groups += preference_groups(some, tokenizer, kinds, max_length=max_length, too_long=too_long)
+    return groups
+
+
+def sample_id(key: str) -> int:
+    """A number that names a row whatever other rows are drawn beside it; it seeds the row's noise."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
 
 
 def prompts(
@@ -202,9 +227,9 @@ def _samples(
                 return [], UNSCORED
             samples += [_answer_sample(row, tokenizer, kind, answer, scores) for answer in answers]
         else:
-            response = row.chosen if kind is Kind.CHOSEN else row.rejected
+            response = row.answer if kind is Kind.CHOSEN else row.rejected
             if response is None:
-                raise _error(row, kind.name.lower(), "missing, and the objective needs it", "Add it to every row")
+                raise _missing(row, kind)
             tokens, length = _encode(row, tokenizer, response)
             samples.append(Sample(tuple(tokens), length, kind))
     return samples, None
@@ -247,7 +272,7 @@ def _reason_to_drop(
             if too_long == "error":
                 parts = f"prompt {sample.prompt_length}, response {count - sample.prompt_length}"
                 problem = f"{count} tokens ({parts}), more than max_length {max_length}"
-                raise _error(row, sample.kind.name.lower(), problem,
+                raise _error(row, _field(row, sample.kind), problem,
                              f"Raise max_length to {count} or more, or set too_long to drop")
             return f"longer than max_length {max_length}"
     by_kind = {sample.kind: sample.tokens for sample in samples}
@@ -275,6 +300,19 @@ def _report(rows: Sequence[PreferenceRow], what: str, kept: int, dropped: Counte
                         "Give other data, or raise the limit")
     if reasons:
         logger.warning("%d of %d %s left out: %s", dropped.total(), dropped.total() + kept, what, reasons)
+
+
+def _field(row: PreferenceRow, kind: Kind) -> str:
+    """What a row calls a sequence of a kind."""
+    return row.answer_field if kind is Kind.CHOSEN else kind.name.lower()
+
+
+def _missing(row: PreferenceRow, kind: Kind) -> DataError:
+    other = {"chosen": "reference", "reference": "chosen"}[row.answer_field]
+    fix = "Add it to every row"
+    if kind is Kind.CHOSEN and getattr(row, other) is not None:
+        fix += f", or write data.answer: {other}, which the row has"
+    return _error(row, _field(row, kind), "missing, and it is needed to train on or to compare with", fix)
 
 
 def _error(row: PreferenceRow, field: str, problem: str, fix: str) -> DataError:

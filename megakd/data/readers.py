@@ -6,7 +6,7 @@ A row is an object with these fields (others are left alone):
   be just the first user turn's text, where the responses are whole conversations.
 - `chosen`, `rejected`: a string, one assistant message, or a whole conversation that repeats the prompt and ends with
   the response (UltraFeedback, dpo-mix-7k).
-- `reference`: a string; a reference answer for evaluation.
+- `reference`: a string; the answer of instruction data, which have no preferences.
 - `system`: a string, put in front of the prompt where that has no system message.
 
 A field that is null counts as missing. A field that is there is checked even where it is not required, for the prompt
@@ -46,6 +46,13 @@ class PreferenceRow:
     chosen: str | None
     rejected: str | None
     reference: str | None
+    answer_field: str = "chosen"
+    """Which of its texts is the answer to learn and to compare with (the recipe's `data.answer`)."""
+
+    @property
+    def answer(self) -> str | None:
+        """The text that `answer_field` names."""
+        return self.reference if self.answer_field == "reference" else self.chosen
 
 
 @dataclass(frozen=True)

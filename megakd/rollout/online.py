@@ -28,6 +28,7 @@ from megakd.data.dataset import (
     kinds_of,
     preference_groups,
     prompts,
+    sample_id,
 )
 from megakd.data.sampler import StepSampler
 from megakd.errors import ConfigError
@@ -38,7 +39,7 @@ from megakd.objectives.base import Requires, RoleOutput
 from megakd.rollout.engine import Prompt
 from megakd.rollout.engine import Rollout as Answer
 from megakd.rollout.mixed import generate_mixed
-from megakd.rollout.replicas import generate_on_replicas, sample_id
+from megakd.rollout.replicas import generate_on_replicas
 from megakd.rollout.sampling import Sampling
 from megakd.run import Run
 

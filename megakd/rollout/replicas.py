@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from megakd.comm import all_gather_json
@@ -37,8 +36,3 @@ def generate_on_replicas(
         for i, index, tokens, log_probs, reason in part
     ]
     return sorted(everything, key=lambda rollout: (order[rollout.sample_id], rollout.index))
-
-
-def sample_id(key: str) -> int:
-    """A number that names a row whatever other rows are drawn beside it; it seeds the row's noise."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)

@@ -57,15 +57,15 @@ def tokenizer(directory):
 @pytest.fixture(scope="module")
 def groups(tokenizer) -> tuple[Group, ...]:
     """The chosen answers of 64 rows: the shortest, for the time's sake."""
-    everything = preference_groups(read_rows((DATA,), None, seed=1), tokenizer, (Kind.CHOSEN,), max_length=512,
-                                   too_long="error")
+    rows = read_rows((DATA,), None, seed=1, answer="chosen")
+    everything = preference_groups(rows, tokenizer, (Kind.CHOSEN,), max_length=512, too_long="error")
     return tuple(sorted(everything, key=lambda group: group.total_length)[:ROWS])
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[Prompt]:
     """32 prompts."""
-    rows = read_rows((DATA,), PROMPTS, seed=2)
+    rows = read_rows((DATA,), PROMPTS, seed=2, answer="chosen")
     return [Prompt(number, tuple(tokenizer.encode(row.prompt, None, close=False)[0]))
             for number, row in enumerate(rows)]
 

@@ -17,7 +17,7 @@ from megakd import check, manifest
 from megakd.check import check_recipe
 from megakd.config import Recipe, dump, parse
 from megakd.errors import ConfigError, DataError, MegakdError, ModelError
-from megakd.provenance import stage_config
+from megakd.provenance import stage_config, stage_inputs
 from tests.recipes import CONTEXT, VOCABULARY, stage, tiny_recipe, tiny_rows, write_rows, write_tiny_model
 from tests.tiny_tokenizer import CHATML
 
@@ -140,6 +140,22 @@ def test_tokenizers_that_differ_in_a_token(raw, tmp_path):
     )
 
 
+def test_a_teacher_with_another_tokenizer_is_no_bar_to_evaluation_without_it(raw, tmp_path):
+    raw["teacher"]["model"] = str(write_tiny_model(tmp_path / "other", seed=4, template=CHATML.replace("helpful", "?")))
+    raw["stages"] = [stage(raw, "eval") | {"models": {"start": raw["student"]["model"]}}]
+    message = refused(raw, tmp_path, ModelError)
+    assert "other have different tokenizers" in message
+    assert message.endswith("Or write stages.eval.teacher: false, which leaves out KL and expected advantage")
+    raw["stages"][0]["teacher"] = False
+    recipe = parse(raw)
+    check_recipe(recipe, WORLD)
+    assert set(stage_inputs(recipe, recipe.stages[0])) == {"models.start", "eval.0"}
+    # Where another stage compares tokens with the teacher, too, that setting alone would not help.
+    raw["stages"] = [{"name": "kd", "kind": "distill", "init": raw["student"]["model"], "save_as": "kd", "steps": 1,
+                      "global_batch": 4, "objective": {"kind": "kd"}}, raw["stages"][0] | {"teacher": True}]
+    assert "teacher: false" not in refused(raw, tmp_path, ModelError)
+
+
 def test_tokenizers_that_differ_in_the_chat_template(raw, tmp_path):
     (tmp_path / "student_start" / "chat_template.jinja").write_text(CHATML.replace("helpful", "terse"))
     message = refused(raw, tmp_path, ModelError)
@@ -195,14 +211,32 @@ def test_an_empty_data_file(raw, tmp_path, content):
     assert refused(raw, tmp_path, DataError).startswith(f"{tmp_path}/eval.jsonl: the file has no rows")
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize(("name", "field"), [("train", "prompt"), ("train", "chosen"), ("train", "rejected"),
+                                             ("eval", "prompt"), ("eval", "chosen")])
 def test_a_row_that_lacks_a_field(raw, tmp_path, name, field):
     rows = tiny_rows(10)
     del rows[2][field]
     write_rows(tmp_path / f"{name}.jsonl", rows)
     message = refused(raw, tmp_path, DataError)
     assert re.match(rf"\S*{name}\.jsonl:3: field '{field}': missing", message)
+
+
+def test_held_out_rows_need_no_rejected_answer(raw, tmp_path):
+    rows = [{"prompt": row["prompt"], "reference": row["chosen"]} for row in tiny_rows(4)]
+    write_rows(tmp_path / "eval.jsonl", rows)
+    message = refused(raw, tmp_path, DataError)
+    assert message.endswith("or write data.answer: reference, which the row has")
+    raw["data"]["answer"] = "reference"
+    raw["stages"] = [stage(raw, "eval") | {"models": {"start": raw["student"]["model"]}}]
+    raw["teacher"]["model"] = raw["reference"]["model"]
+    check_recipe(parse(raw), WORLD)
+
+
+def test_generating_on_rows_of_prompts_alone(raw, tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{"prompt": row["prompt"]} for row in tiny_rows(4)])
+    raw["stages"] = [stage(raw, "generate") | {"model": raw["student"]["model"]}]
+    raw["teacher"]["model"] = raw["reference"]["model"]
+    check_recipe(parse(raw), WORLD)
 
 
 def test_a_line_that_is_not_utf8(raw, tmp_path):

@@ -239,7 +239,7 @@ def test_a_missing_key(setting, field, name):
     assert told(error) == (field, None, "has to be set and is not", f"Add {name!r} to the recipe")
 
 
-KINDS = "Write one of sft, dpo, distill, generate, score, eval, export, report"
+KINDS = "Write one of sft, dpo, distill, generate, score, eval, win_rate, answers, lm_eval, export, report"
 OBJECTIVES = "Write one of sft, kd, dpo, ipo, cpo, simpo, dckd, adpa, dpkd, dpkd_token, minillm, pad"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megakd.batch import Kind
 from megakd.data.artefacts import Rollout, prompt_hash
-from megakd.data.dataset import Generated, left_out, preference_groups, prompts
+from megakd.data.dataset import Generated, held_out_groups, left_out, preference_groups, prompts, read_rows
 from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
@@ -204,3 +204,43 @@ def test_one_key_is_one_prompt(tokenizer):
     assert len(prompts([row(1), row(1)], tokenizer, 100, too_long="error")[0]) == 1
     message = refused(prompts, [row(1), row(1, prompt="other")], tokenizer, 100, too_long="error")
     assert "two files of this name have different prompts" in message
+
+
+def instruction(number, reference="yes, twelve"):
+    return PreferenceRow(f"a.jsonl:{number}", ({"role": "user", "content": "q"},), None, None, reference)
+
+
+def test_the_answer_is_the_field_that_is_set(tokenizer, tmp_path):
+    """Instruction files have a reference and no chosen answer."""
+    file = tmp_path / "rows.jsonl"
+    lines = ['{"prompt": "q", "reference": "yes, twelve"}', '{"prompt": "r", "reference": "no", "chosen": "other"}']
+    file.write_text("\n".join(lines))
+    rows = read_rows([file], None, 1, "reference")
+    assert [row.answer for row in rows] == ["yes, twelve", "no"]
+    groups = preference_groups(rows, tokenizer, (Kind.CHOSEN,), **LIMITS)
+    [sample] = groups[1].samples
+    assert sample.kind is Kind.CHOSEN and tokenizer.decode(sample.tokens[sample.prompt_length :]) == "no"
+    message = refused(preference_groups, read_rows([file], None, 1, "chosen"), tokenizer, (Kind.CHOSEN,), **LIMITS)
+    assert message == ("rows.jsonl:1: field 'chosen': missing, and it is needed to train on or to compare with. "
+                       "Add it to every row, or write data.answer: reference, which the row has")
+    message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), max_length=3, too_long="error")
+    assert message.startswith("rows.jsonl:1: field 'reference': ")
+
+
+def test_rows_of_prompts_alone(tokenizer, tmp_path):
+    """A generator asks for no answer; an objective names the row and the field."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "chosen": "a"}\n{"prompt": "r"}\n')
+    rows = read_rows([file], None, 1, "chosen")
+    kept, _ = prompts(rows, tokenizer, 100, too_long="error")
+    assert [prompt.key for prompt in kept] == ["rows.jsonl:1", "rows.jsonl:2"]
+    message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), **LIMITS)
+    assert message.startswith("rows.jsonl:2: field 'chosen': missing") and message.endswith("Add it to every row")
+
+
+def test_held_out_rows_with_and_without_a_rejected_answer(tokenizer):
+    rows = [instruction(1), row(2), instruction(3)]
+    rows = [replace(each, answer_field="chosen" if each.chosen else "reference") for each in rows]
+    groups = held_out_groups(rows, tokenizer, **LIMITS)
+    assert [(group.key, tuple(sample.kind for sample in group.samples)) for group in groups] == [
+        ("a.jsonl:2", PAIR), ("a.jsonl:1", (Kind.CHOSEN,)), ("a.jsonl:3", (Kind.CHOSEN,))]
