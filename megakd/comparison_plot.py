@@ -30,8 +30,8 @@ def comparison_plot(results: Results) -> str:
         panels.append(f'<g transform="translate({across},{down})">{_panel(results, name, methods)}</g>')
     rows = -(-len(names) // _COLUMNS)
     size = (_PANEL * _COLUMNS, height * rows + _LEGEND)
-    panels.append(f'<text class="tick" x="8" y="{size[1] - 8}">grey: a seed; blue: mean over seeds and its 95 % interval; '
-                  "dashed: the start</text>")
+    legend = "grey: a seed; blue: the mean over seeds and its 95 % interval; dashed: the start"
+    panels.append(f'<text class="tick" x="8" y="{size[1] - 8}">{legend}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}">'
             f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n')
 
