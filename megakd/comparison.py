@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ SUMMARY = "summary.json"
 SECONDS, TOKENS = "seconds", "student_tokens"
 """Figures of a run that its manifests say: the time of all its stages before the evaluation, and the tokens that the
 student has been trained on."""
+START = "start"
+"""The row of what all methods began with."""
 CONFIDENCE = 0.95
 
 
@@ -93,6 +96,10 @@ def load_comparison(path: Path | str) -> Comparison:
         raise as_config_error(error, Comparison, raw) from error
     if len(set(comparison.seeds)) < len(comparison.seeds):
         raise ConfigError("seeds", list(comparison.seeds), "a seed comes twice", "Give each once")
+    for name in comparison.methods:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == START:
+            raise ConfigError("methods", name, f"it becomes a folder and a row of the table, where {START!r} is taken",
+                              "Use letters, digits, _ and -, and another name")
     return comparison
 
 
@@ -280,9 +287,6 @@ class Results:
         known = [name for name in METRIC_TEXTS if name in given]
         costs = [name for name in (SECONDS, TOKENS) if name in given]
         return [*known, *(name for name in given if name not in METRIC_TEXTS and name not in costs), *costs]
-
-
-START = "start"
 
 
 def collect(runs: Sequence[ComparedRun]) -> Results:

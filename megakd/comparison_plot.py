@@ -7,7 +7,7 @@ from html import escape
 from megakd.comparison import START, Figure, Results, label_of
 from megakd.report import METRIC_TEXTS, nice_ticks
 
-_COLUMNS, _PANEL, _LEFT, _RIGHT, _TOP, _ROW, _FOOT = 3, 330, 92, 14, 40, 20, 34
+_COLUMNS, _PANEL, _LEFT, _RIGHT, _TOP, _ROW, _FOOT, _LEGEND = 3, 330, 92, 14, 40, 20, 34, 24
 _STYLE = (
     "text{font:11px sans-serif;fill:#222}.title{font-size:13px;font-weight:bold}.grid{stroke:#e2e2e2}"
     ".tick{fill:#777}.seed{fill:#9aa7b5}.mean{fill:#1f6fb2}.interval{stroke:#1f6fb2;stroke-width:2}"
@@ -29,7 +29,9 @@ def comparison_plot(results: Results) -> str:
         across, down = number % _COLUMNS * _PANEL, number // _COLUMNS * height
         panels.append(f'<g transform="translate({across},{down})">{_panel(results, name, methods)}</g>')
     rows = -(-len(names) // _COLUMNS)
-    size = (_PANEL * _COLUMNS, height * rows)
+    size = (_PANEL * _COLUMNS, height * rows + _LEGEND)
+    legend = "grey: a seed; blue: the mean over seeds and its 95 % interval; dashed: the start"
+    panels.append(f'<text class="tick" x="8" y="{size[1] - 8}">{legend}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}">'
             f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n')
 

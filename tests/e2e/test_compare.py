@@ -40,7 +40,7 @@ def test_two_methods_with_two_seeds(tmp_path):
                       "stages.train.global_batch=2", "stages.eval.prompts=2", "stages.eval.max_new_tokens=4"],
     }
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(raw))
+    settings.write_text(yaml.safe_dump(raw, sort_keys=False))
 
     compare(settings, "--only", "sft")
     told = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -62,7 +62,8 @@ def test_the_example_can_be_read():
 
 @pytest.mark.parametrize("changes, field", [
     ({"tokens": 0}, "tokens"), ({"tokens": None}, "tokens"), ({"seeds": []}, "seeds"), ({"seeds": [1, 1]}, "seeds"),
-    ({"methods": []}, "methods"), ({"methods": {"sft": {"lr": -1.0}}}, "methods.sft.lr"), ({"models": 1}, "models"),
+    ({"methods": []}, "methods"), ({"methods": ["start"]}, "methods"), ({"methods": ["a/b"]}, "methods"),
+    ({"methods": {"sft": {"lr": -1.0}}}, "methods.sft.lr"), ({"models": 1}, "models"),
 ])
 def test_settings_that_cannot_be(tmp_path, changes, field):
     assert refused(tmp_path, **changes).field == field
