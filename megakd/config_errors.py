@@ -53,13 +53,15 @@ def as_config_error(error: ValidationError, root: type[BaseModel], raw: dict[str
         case "invalid_key":
             rule, fix = "a setting's name has to be text", "Correct or quote it"
         case "string_pattern_mismatch":
-            rule, fix = "it becomes the name of a folder", "Use letters, digits, _ and - only"
+            rule, fix = "it becomes the name of a file or folder", "Use letters, digits, _ and - only"
         case "model_type" | "model_attributes_type" | "dict_type":
             rule, fix = "has to be a section of settings", f"Write its settings below `{parts[-1]}:`"
         case "tuple_type":
             rule, fix = "has to be a list", f"Write `{parts[-1]}: [...]`"
         case "too_short" | "string_too_short":
-            rule, fix = "must not be empty", "Fill it"
+            least = first["ctx"]["min_length"]
+            rule = "must not be empty" if least == 1 else f"has to hold at least {least}"
+            fix = "Fill it" if least == 1 else "Add more"
         case _ if kind in _LIMITS:
             [limit] = first["ctx"].values()
             rule = f"has to be {_LIMITS[kind]} {limit}"
@@ -91,6 +93,8 @@ def _locate(
                 parts.append(value["name"])
             else:
                 parts[-1] += f"[{part}]"
+            continue
+        if part == "[key]":  # pydantic's word for a mapping's key itself, which comes before it
             continue
         parts.append(str(part))
         value = value[part] if isinstance(value, dict) and part in value else None

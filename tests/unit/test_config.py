@@ -293,7 +293,7 @@ SECTION = "has to be a section of settings"
     ("stages.adpa.optimizer.lr", "1e-5x", "has to be a number"),
     ("stages.adpa.optimizer.lr", float("nan"), "has to be a finite number"),
     ("stages.adpa.optimizer.warmup", 1.5, "has to be at most 1.0"),
-    ("stages.adpa.save_as", "a/b", "it becomes the name of a folder"),
+    ("stages.adpa.save_as", "a/b", "it becomes the name of a file or folder"),
     ("stages.answers.top_p", 0, "has to be more than 0.0"),
     ("stages.eval.models", {}, "must not be empty"),
     ("stages.eval.models", ["run:trained"], SECTION),
