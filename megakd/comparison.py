@@ -22,10 +22,10 @@ from megakd.config_base import Section
 from megakd.config_errors import as_config_error
 from megakd.config_stages import EvalStage, ReportStage, TrainStage
 from megakd.errors import ConfigError, DataError
+from megakd.evaluation.summary import SUMMARY
 from megakd.manifest import Manifest
 from megakd.report import METRIC_TEXTS
 
-SUMMARY = "summary.json"
 SECONDS, TOKENS = "seconds", "student_tokens"
 """Figures of a run that its manifests say: the time of all its stages before the evaluation, and the tokens that the
 student has been trained on."""
