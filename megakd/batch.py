@@ -25,6 +25,8 @@ class Kind(IntEnum):
     REJECTED = 1
     ROLLOUT = 2
     TEACHER_ANSWER = 3
+    TEXT = 4
+    """Pre-training text; its "prompt" is its first token."""
 
 
 @dataclass(frozen=True)

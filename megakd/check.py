@@ -20,6 +20,7 @@ from megakd.config_checks import check_world
 from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage, WinRateStage
 from megakd.config_stages import ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.data.dataset import held_out_groups, preference_groups, prompts, read_rows
+from megakd.data.texts import read_stage_texts
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
 from megakd.errors import ConfigError, ModelError
 from megakd.evaluation.checks import check_evaluation
@@ -276,6 +277,8 @@ def check_rows(recipe: Recipe) -> None:
     if trains or generates:
         rows = read_rows(data.train, data.train_rows, recipe.seed, data.answer)
         for stage in trains:
+            if stage.objective.reads_text:
+                read_stage_texts(recipe, stage, tokenizer)
             given = (Kind.CHOSEN, Kind.REJECTED)
             kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind in given]
             groups = preference_groups(rows, tokenizer, kinds, **limits)

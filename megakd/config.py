@@ -64,6 +64,8 @@ class Data(Section):
     """Training files."""
     eval: tuple[Path, ...] = ()
     """Held-out files."""
+    text: tuple[Path, ...] = ()
+    """Pre-training text, rows with a field `text`, for objectives with `lm_on: text`."""
     train_rows: int | None = Field(None, ge=1)
     """How many training rows to use, drawn once by the seed; all when left out."""
     eval_rows: int | None = Field(None, ge=1)

@@ -77,7 +77,7 @@ def check_stages(recipe: Recipe) -> None:
         if isinstance(stage, ScoreStage):
             _check_names_stage(f"stages.{stage.name}.rollouts", stage.rollouts, "generate", earlier)
         if isinstance(stage, TrainStage):
-            _check_train_stage(stage, earlier)
+            _check_train_stage(recipe, stage, earlier)
         earlier[stage.name] = stage
     for role in ("student", "teacher", "reference"):
         model = recipe.role(role).model
@@ -138,7 +138,7 @@ MAKERS = {"rollouts": "generate", "teacher_answers": "generate", "scores": "scor
 """Settings of a training stage that name an earlier stage, and that one's kind."""
 
 
-def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
+def _check_train_stage(recipe: Recipe, stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
     field, kind = f"stages.{stage.name}", stage.objective.kind
     if stage.kind in OBJECTIVES_OF and kind not in OBJECTIVES_OF[stage.kind]:
         rule = f"a stage of kind {stage.kind!r} takes {', '.join(OBJECTIVES_OF[stage.kind])}"
@@ -176,6 +176,9 @@ def _check_train_stage(stage: TrainStage, earlier: dict[str, AnyStage]) -> None:
         rule = ("each of the student's answers is paired with one of the teacher's, of which there are "
                 f"{makers['teacher_answers'].answers}")
         raise ConfigError(_field_of_n(stage, "rollouts"), makers["rollouts"].answers, rule, "Give both the same n")
+    if stage.objective.reads_text and not recipe.data.text:
+        raise ConfigError("data.text", [], f"the objective of {stage.name!r} takes pre-training text, and no file is "
+                          "named", "Name files of rows with a field text, or write lm_on: chosen")
     if stage.optimizer.min_lr > stage.optimizer.lr:
         raise ConfigError(f"{field}.optimizer.min_lr", stage.optimizer.min_lr,
                           f"has to be at most lr, {stage.optimizer.lr}", "Lower it or raise lr")

@@ -21,6 +21,11 @@ class ObjectiveSection(Section):
         return self.teachers
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it takes pre-training text, `data.text`."""
+        return False
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Settings of the stage that have to name an earlier stage: `rollouts`, `teacher_answers`, `scores`."""
         return ()
@@ -157,7 +162,13 @@ class DpkdObjective(ObjectiveSection):
     gamma: float = Field(1.0, ge=0)
     """simpo: margin, not divided by beta."""
     lm_weight: float = Field(0.5, ge=0)
-    """The paper's lambda: weight of the negative log-likelihood on the chosen answers."""
+    """The paper's lambda: weight of the negative log-likelihood of `lm_on`."""
+    lm_on: Literal["chosen", "text"] = "chosen"
+    """The chosen answers, or the pre-training text of `data.text`."""
+
+    @property
+    def reads_text(self) -> bool:
+        return self.lm_on == "text" and self.lm_weight > 0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -209,7 +220,13 @@ class MiniLlmObjective(ObjectiveSection):
     single_step_weight: float = Field(1.0, ge=0)
     """Weight of the exact reverse KL of each next token."""
     lm_weight: float = Field(1.0, ge=0)
-    """Weight of the negative log-likelihood of the chosen answers (the paper: of pre-training text)."""
+    """Weight of the negative log-likelihood of `lm_on`."""
+    lm_on: Literal["chosen", "text"] = "chosen"
+    """The chosen answers, or the pre-training text of `data.text`, as in the paper."""
+
+    @property
+    def reads_text(self) -> bool:
+        return self.lm_on == "text" and self.lm_weight > 0
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     """The settings that the stage's result depends on, as plain values."""
     config = stage.model_dump(mode="json", exclude=HOW_NOT_WHAT)
     if isinstance(stage, TrainStage | GenerateStage | ScoreStage | EvalStage | AnsweringStage):
-        data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
+        data = recipe.data.model_dump(mode="json", exclude={"train", "eval", "text"})
         config |= {"seed": recipe.seed, "precision": recipe.precision.model_dump(mode="json"), "data": data}
     return config
 
@@ -40,6 +40,8 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
             for role in stage.roles:
                 paths[role] = recipe.path_of_model(recipe.teacher_model(stage, role))
             paths |= _numbered("train", recipe.data.train)
+            if stage.objective.reads_text:
+                paths |= _numbered("text", recipe.data.text)
             for name in stage.objective.inputs:
                 if name in stage.drawn_online:
                     continue

@@ -18,6 +18,7 @@ from megakd.data.artefacts import read_rollouts
 from megakd.data.dataset import Generated, preference_groups
 from megakd.data.sampler import StepSampler
 from megakd.data.scores import read_scores
+from megakd.data.texts import read_stage_texts
 from megakd.log import RunLog
 from megakd.mcore import checkpoint
 from megakd.mcore.model import Model, freeze
@@ -54,12 +55,14 @@ class Training:
             for role in self.objective.requires.teachers
         }
         self.data = training_data(run, stage, self.objective, self.model, self.teachers)
+        self.texts = read_stage_texts(run.recipe, stage, run.tokenizer) if stage.objective.reads_text else None
         self.steps = stage.steps if stage.tokens is None else self._steps_for(stage.tokens)
         self.trainer = make_trainer(self.model, stage.optimizer, self.steps)
 
     def step_at(self, number: int) -> Step:
         """The groups of step `number` (from 0). Collective where answers are drawn."""
-        return self.data.step_at(number)
+        step = self.data.step_at(number)
+        return step if self.texts is None else self.texts.beside(step, number)
 
     def _steps_for(self, tokens: int) -> int:
         """The fewest steps that work through `tokens` tokens."""

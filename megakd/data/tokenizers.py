@@ -100,6 +100,10 @@ class Tokenizer:
             tokens = tokens + self._encode_response(body + closing)
         return tokens, prompt_length
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that is no part of a conversation, without a template."""
+        return self._backend.encode(text)
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a response's ids, without special tokens."""
         return self._backend.decode([token for token in tokens if token not in self.stop_ids])

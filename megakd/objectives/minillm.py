@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megakd.batch import Batch, Kind
 from megakd.losses import clipped_policy_gradient, fused_divergence, fused_token_log_probs
 from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
-from megakd.objectives.sft import answer_log_probs, nll_term
+from megakd.objectives.sft import ANSWERS, answer_log_probs, nll_term
 
 if TYPE_CHECKING:
     from megakd.config_objectives import MiniLlmObjective
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 class MiniLlm:
     """mean over the rollouts' tokens of the clipped policy gradient and of the next token's reverse KL, and SFT on the
-    chosen answers. What the tokens are worth was found out when they were drawn (`rollout/online.py`)."""
+    chosen answers or on text. What the tokens are worth was found out when they were drawn (`rollout/online.py`)."""
 
     def __init__(self, config: MiniLlmObjective):
         self.config = config
-        kinds = (Kind.ROLLOUT, Kind.CHOSEN) if config.lm_weight > 0 else (Kind.ROLLOUT,)
+        self.lm_kind = ANSWERS[config.lm_on]
+        given = config.lm_weight > 0 and self.lm_kind is Kind.CHOSEN
+        kinds = (Kind.ROLLOUT, Kind.CHOSEN) if given else (Kind.ROLLOUT,)
         self.requires = Requires(
             teachers=config.roles, kinds=kinds, teacher_kinds={"teacher": (Kind.ROLLOUT,)}, draws=True
         )
@@ -49,6 +51,6 @@ class MiniLlm:
             Term("reverse_kl", reverse_kl_N, config.single_step_weight, "rollout_tokens"),
         ]
         if config.lm_weight > 0:
-            log_probs_N = answer_log_probs(student, batch, context, Kind.CHOSEN)
-            terms.append(nll_term(log_probs_N, weight=config.lm_weight))
+            log_probs_N = answer_log_probs(student, batch, context, self.lm_kind)
+            terms.append(nll_term(log_probs_N, weight=config.lm_weight, kind=self.lm_kind))
         return LossTerms(tuple(terms))

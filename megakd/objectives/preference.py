@@ -24,7 +24,7 @@ from megakd.objectives.base import (
     Term,
     rows_of_kind,
 )
-from megakd.objectives.sft import nll_term
+from megakd.objectives.sft import ANSWERS, nll_term
 
 if TYPE_CHECKING:
     from megakd.config_objectives import CpoObjective, DpkdObjective, DpoObjective, IpoObjective, SimpoObjective
@@ -64,10 +64,11 @@ class Preference:
         self.denominator = f"{self.better.name.lower()}_answers"
         # On given pairs the chosen answers are there anyhow, and their likelihood costs nothing to report.
         self.has_nll = not generated or self.sft_weight > 0
+        self.lm_kind = ANSWERS[config.lm_on] if generated else Kind.CHOSEN
         kinds = (self.better, self.worse)
         self.requires = Requires(
             teachers=config.roles,
-            kinds=(*kinds, Kind.CHOSEN) if generated and self.has_nll else kinds,
+            kinds=(*kinds, Kind.CHOSEN) if generated and self.has_nll and self.lm_kind is Kind.CHOSEN else kinds,
             teacher_kinds={role: kinds for role in config.roles},
         )
 
@@ -94,7 +95,8 @@ class Preference:
         margins_P = margins_P.detach()
         terms = [Term(self.form, values_P, 1.0, self.denominator)]
         if self.has_nll:
-            terms.append(nll_term(log_probs_T[positions.kinds_T == Kind.CHOSEN], weight=self.sft_weight))
+            log_probs_N = log_probs_T[positions.kinds_T == self.lm_kind]
+            terms.append(nll_term(log_probs_N, weight=self.sft_weight, kind=self.lm_kind))
         return LossTerms(
             tuple(terms),
             metrics=(

@@ -16,8 +16,8 @@ from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput,
 if TYPE_CHECKING:
     from megakd.config_objectives import SftObjective
 
-ANSWERS = {"chosen": Kind.CHOSEN, "teacher": Kind.TEACHER_ANSWER}
-"""What the setting `answers` of an objective names."""
+ANSWERS = {"chosen": Kind.CHOSEN, "teacher": Kind.TEACHER_ANSWER, "text": Kind.TEXT}
+"""What the settings `answers` and `lm_on` of an objective name."""
 
 
 class Sft:

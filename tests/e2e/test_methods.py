@@ -15,7 +15,7 @@ from megakd.data.readers import PreferenceRow, read_preferences
 from megakd.data.tokenizers import load_tokenizer
 from megakd.evaluation.preferences import REQUEST, letter_ids
 from tests.e2e.test_chain import run
-from tests.recipes import tiny_recipe, write_recipe, write_tiny_model
+from tests.recipes import tiny_recipe, write_recipe, write_rows, write_tiny_model
 from tests.tiny_tokenizer import PLAIN
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "minillm": {"objective": {"kind": "minillm"}, "steps": 4,
                 "online": {"every": 2, "passes": 2, "teacher_mix": 0.3, "max_new_tokens": 6, "slots": 4}},
     "dpkd_online": {"objective": {"kind": "dpkd"}, "online": {"max_new_tokens": 6}},
+    "dpkd_text": {"objective": {"kind": "dpkd", "lm_on": "text"}, "rollouts": "answers",
+                  "teacher_answers": "teacher_answers"},
     "gkd_online": {"objective": {"kind": "kd", "divergence": "jsd", "on_policy": 0.5},
                    "online": {"every": 2, "max_new_tokens": 6}},
     "pad_vanilla": {"objective": {"kind": "pad", "loss": "vanilla"}, "rollouts": "several", "scores": "score"},
@@ -69,6 +71,8 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     raw = tiny_recipe(folder, context=512)
     start = raw["student"]["model"]
+    raw["data"]["text"] = [str(write_rows(folder / "text.jsonl", [{"text": "Boats and cats and kites. " * n} for n in
+                                                                  range(1, 9)]))]
     raw["stages"] = [
         raw["stages"][0], *generating_stages(start), *(training_stage(name, start) for name in METHODS)
     ]

@@ -57,6 +57,8 @@ CONFIGS = {
     "dpkd-token": DpkdTokenObjective(beta=0.7, weight=0.6),
     "dpkd-token-teacher-answers": DpkdTokenObjective(beta=0.7, weight=1.0, answers="teacher"),
     "minillm": MiniLlmObjective(clip=0.3, single_step_weight=0.8, lm_weight=0.4),
+    "minillm-text": MiniLlmObjective(lm_on="text"),
+    "dpkd-text": DpkdObjective(lm_on="text"),
     "minillm-alone": MiniLlmObjective(single_step_weight=0.0, lm_weight=0.0),
     "pad-vanilla": PadObjective(loss="vanilla", beta=2.0),
     "pad-jsd": PadObjective(beta=1.5),
@@ -88,13 +90,15 @@ def make_groups(name: str) -> list[Group]:
         log_q = log_softmax(hidden[next(numbers), prompt - 1 : len(tokens) - 1] @ head[:VOCAB].T)
         return log_q[np.arange(len(log_q)), list(tokens[prompt:])]
 
-    kinds_a_group = len(requires.kinds)
+    kinds_a_group = len(requires.kinds) + CONFIGS[name].reads_text
     numbers = (number * kinds_a_group for number in range(4))  # the rollout is the first of its group
 
     def kinds(number: int) -> tuple[Kind, ...]:
         if ranked:
             return (Kind.ROLLOUT,) * ANSWERS
-        return (Kind.ROLLOUT,) if requires.on_policy > 0 and number % 2 else requires.kinds
+        if requires.on_policy > 0 and number % 2:
+            return (Kind.ROLLOUT,)
+        return (*requires.kinds, Kind.TEXT) if CONFIGS[name].reads_text else requires.kinds
 
     return [Group(f"row:{number}", tuple(sample(kind) for kind in kinds(number))) for number in range(4)]
 
@@ -268,7 +272,7 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
         means[metric] = means.get(metric, 0.0) + value
 
     from_teacher = kind_of in ("sft", "kd", "dpkd_token") and config.answers == "teacher"
-    nll_kind = Kind.TEACHER_ANSWER if from_teacher else Kind.CHOSEN
+    nll_kind = Kind.TEXT if config.reads_text else Kind.TEACHER_ANSWER if from_teacher else Kind.CHOSEN
     match kind_of:
         case "sft":
             sft_weight = 1.0
