@@ -12,7 +12,7 @@ from megakd.config_stages import EvalStage, ReportStage, TrainStage
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = sorted(path.parent.name for path in EXAMPLES.glob("*/recipe.yaml") if path.parent.name != "quickstart")
 EXPECTED = {"sft", "kd", "reverse_kl", "gkd", "akl", "seqkd", "dpo", "ipo", "cpo", "simpo", "dckd", "adpa", "adpa_plus",
-            "pad", "dpkd", "minillm"}
+            "pad", "pad_decomposed", "dpkd", "minillm"}
 OF_A_METHOD = {"name", "output", "stages"}
 
 
