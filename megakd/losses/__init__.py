@@ -15,8 +15,18 @@ from megakd.losses.likelihood import sequence_sums, sequence_weights, token_log_
 from megakd.losses.listwise import pad_probabilistic, pad_vanilla, plackett_luce_log_prob
 from megakd.losses.preference import cpo, dpkd, dpo, dpo_from_margins, ipo, reward_margins, simpo
 from megakd.losses.released import dpkd_token, released_topk_advantage, released_topk_kl
+from megakd.losses.top_k import (
+    TopK,
+    fused_log_probs_at,
+    fused_top_k,
+    fused_topk_advantage,
+    fused_topk_distillation,
+    released_topk_advantages,
+    topk_advantages,
+)
 
 __all__ = [
+    "TopK",
     "cpo",
     "divergence",
     "dpkd",
@@ -27,16 +37,22 @@ __all__ = [
     "fused_distillation",
     "fused_divergence",
     "fused_expected_advantage",
+    "fused_log_probs_at",
     "fused_token_log_probs",
+    "fused_top_k",
+    "fused_topk_advantage",
+    "fused_topk_distillation",
     "ipo",
     "pad_probabilistic",
     "pad_vanilla",
     "plackett_luce_log_prob",
     "released_topk_advantage",
+    "released_topk_advantages",
     "released_topk_kl",
     "reward_margins",
     "sequence_sums",
     "sequence_weights",
     "simpo",
     "token_log_probs",
+    "topk_advantages",
 ]
