@@ -25,6 +25,31 @@ class ObjectiveSection(Section):
         """Settings of the stage that have to name an earlier stage: `rollouts`, `teacher_answers`, `scores`."""
         return ()
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Kinds of answers that its roles score (the objective's `requires.teacher_kinds`)."""
+        return ()
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        """Kinds of signals that a role may be read as from disk; none where it has to run beside the student."""
+        return ()
+
+
+class ListedTokens(ObjectiveSection):
+    """Settings of the objectives that may look at the teacher's likeliest tokens alone."""
+
+    kind: str
+    top_k: int | None = Field(None, ge=1)
+    """The loss on the teacher's so many likeliest tokens and the rest as one bucket; the released code has 50. The
+    whole vocabulary when left out."""
+    released: bool = False
+    """With top_k: also the released code's limits; see docs/methods.md."""
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states",) if self.top_k is None else ("hidden_states", "top_k")
+
 
 class SftObjective(ObjectiveSection):
     """Negative log-likelihood of the chosen answer, or of the teacher's own (SeqKD)."""
@@ -38,7 +63,7 @@ class SftObjective(ObjectiveSection):
         return ("teacher_answers",) if self.answers == "teacher" else ()
 
 
-class KdObjective(ObjectiveSection):
+class KdObjective(ListedTokens):
     """Distillation token by token: (1 - weight) * NLL + weight * divergence between teacher and student."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -62,6 +87,11 @@ class KdObjective(ObjectiveSection):
         teacher = ("teacher_answers",) if self.answers == "teacher" else ()
         return (*teacher, *(("rollouts",) if self.on_policy > 0 else ()))
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        given = "teacher_answer" if self.answers == "teacher" else "chosen"
+        return (given, "rollout") if self.on_policy > 0 else (given,)
+
 
 class DpoObjective(ObjectiveSection):
     """Direct preference optimization against the reference role."""
@@ -73,6 +103,14 @@ class DpoObjective(ObjectiveSection):
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answer's negative log-likelihood added to the loss."""
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
+
 
 class IpoObjective(ObjectiveSection):
     """Identity preference optimization against the reference role."""
@@ -83,6 +121,14 @@ class IpoObjective(ObjectiveSection):
     mean_log_probs: bool = False
     """Mean log-probabilities a token, as libraries have them, in place of the paper's sums."""
     sft_weight: float = Field(0.0, ge=0)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
 
 
 class CpoObjective(ObjectiveSection):
@@ -105,7 +151,7 @@ class SimpoObjective(ObjectiveSection):
     sft_weight: float = Field(0.0, ge=0)
 
 
-class DckdObjective(ObjectiveSection):
+class DckdObjective(ListedTokens):
     """Dual-constrained distillation: SFT on the chosen answer + alpha * KL(teacher || student) on both answers."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
@@ -120,8 +166,12 @@ class DckdObjective(ObjectiveSection):
     def roles(self) -> tuple[str, ...]:
         return (self.teacher,)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
 
-class AdpaObjective(ObjectiveSection):
+
+class AdpaObjective(ListedTokens):
     """Advantage-based distillation: SFT on the chosen answer - gamma * E[advantage] on the student's own rollouts."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
@@ -139,6 +189,10 @@ class AdpaObjective(ObjectiveSection):
     @property
     def inputs(self) -> tuple[str, ...]:
         return ("rollouts",)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("rollout",)
 
 
 class DpkdObjective(ObjectiveSection):
@@ -166,6 +220,14 @@ class DpkdObjective(ObjectiveSection):
     @property
     def inputs(self) -> tuple[str, ...]:
         return ("rollouts", "teacher_answers")
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("teacher_answer", "rollout")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
 
 
 class PadObjective(ObjectiveSection):

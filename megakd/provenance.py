@@ -14,7 +14,9 @@ from megakd.objectives import build_objective
 ROLLOUTS = "rollouts.jsonl"
 """Name of a generate stage's file in its folder."""
 SCORES = "scores.jsonl"
-"""Name of a score stage's file in its folder."""
+"""Name of a score stage's file in its folder, where it scores preferences."""
+SIGNALS = "signals"
+"""Name of a score stage's folder of signals in its folder, where it writes another signal."""
 HOW_NOT_WHAT = {"name", "kind", "checkpoint_every", "chunk_tokens", "slots"}
 """Settings of a stage that its result does not depend on."""
 
@@ -40,12 +42,17 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
             for name in stage.objective.inputs:
                 file = SCORES if name == "scores" else ROLLOUTS
                 paths[name] = recipe.output / "stages" / getattr(stage, name) / file
+            for role, name in stage.signals.stages.items():
+                paths[f"signals.{role}"] = recipe.output / "stages" / name / SIGNALS
         case GenerateStage():
             paths["model"] = recipe.path_of_model(stage.model)
             paths |= _numbered("train", recipe.data.train)
         case ScoreStage():
             paths["model"] = recipe.path_of_model(stage.model)
-            paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
+            for name in stage.inputs:
+                paths[name] = recipe.output / "stages" / getattr(stage, name) / ROLLOUTS
+            if stage.signal.kind == "top_k" and stage.signal.at is not None:
+                paths["at"] = recipe.output / "stages" / stage.signal.at / SIGNALS
             paths |= _numbered("train", recipe.data.train)
         case EvalStage():
             paths |= {f"models.{label}": recipe.path_of_model(model) for label, model in stage.models.items()}

@@ -26,6 +26,7 @@ from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, Objective
 from megakd.provenance import ROLLOUTS, SCORES
 from megakd.run import Run
+from megakd.teacher.cached import load_role
 from megakd.teacher.online import by_micro_batch
 
 
@@ -49,7 +50,8 @@ class Training:
         self.model = run.load_model(stage.trains, stage.init)
         kinds = self.objective.requires.teacher_kinds
         self.teachers = {
-            role: run.load_teacher(role, kinds[role], self.model.grid) for role in self.objective.requires.teachers
+            role: load_role(run, stage, role, kinds[role], self.groups, self.model.grid)
+            for role in self.objective.requires.teachers
         }
         self.trainer = make_trainer(self.model, stage.optimizer, stage.steps)
         self.sampler = StepSampler(len(self.groups), stage.global_batch, run.recipe.seed)

@@ -1,8 +1,8 @@
 """What the released codes of DPKD, ADPA and DCKD compute where it differs from the papers, from logits.
 
 The methods themselves are `dpkd`, `expected_advantage` and `divergence`. Each function says what differs. top_k.py has
-those of stored tokens from hidden states, for training. The token ids and numbers that the released codes store for each
-token's likeliest ids are replicated over tensor-parallel ranks.
+those of stored tokens from hidden states, for training. The token ids and numbers that the released codes store for
+each token's likeliest ids are replicated over tensor-parallel ranks.
 
 Legend: T tokens, C tokens of a chunk, V local vocabulary columns, K stored ids of a token, B = K + 1 with the rest of
 the vocabulary, S statistics, D tensor-parallel ranks.

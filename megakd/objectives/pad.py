@@ -12,7 +12,16 @@ from torch import Tensor
 
 from megakd.batch import Batch, Kind
 from megakd.losses import fused_token_log_probs, pad_probabilistic, pad_vanilla, sequence_sums
-from megakd.objectives.base import LossContext, LossTerms, Metric, Requires, RoleOutput, Term, rows_of_kind
+from megakd.objectives.base import (
+    LossContext,
+    LossTerms,
+    Metric,
+    Requires,
+    RoleOutput,
+    TeacherOutput,
+    Term,
+    rows_of_kind,
+)
 
 if TYPE_CHECKING:
     from megakd.config_objectives import PadObjective
@@ -29,7 +38,7 @@ class Pad:
         self.requires = Requires(teachers=(), kinds=(Kind.ROLLOUT,), teacher_kinds={})
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """One term `pad`; the metric `best_agreed`, the share of prompts whose best answer both models agree on."""
         positions = batch.positions

@@ -14,7 +14,16 @@ from torch import Tensor
 from megakd import losses
 from megakd.batch import Batch, Kind
 from megakd.losses import fused_token_log_probs, sequence_sums
-from megakd.objectives.base import LossContext, LossTerms, Metric, Requires, RoleOutput, Term, rows_of_kind
+from megakd.objectives.base import (
+    LossContext,
+    LossTerms,
+    Metric,
+    Requires,
+    RoleOutput,
+    TeacherOutput,
+    Term,
+    rows_of_kind,
+)
 from megakd.objectives.sft import nll_term
 
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ class Preference:
         )
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms by the form's name and `nll` (on given pairs also at weight 0); metrics over pairs."""
         positions = batch.positions
@@ -76,10 +85,7 @@ class Preference:
             in_pair_T = (positions.kinds_T == self.better) | (positions.kinds_T == self.worse)
             reference_T = torch.zeros_like(log_probs_T)
             with torch.no_grad():
-                reference_T[in_pair_T] = fused_token_log_probs(
-                    teachers[role].hidden_TH, teachers[role].head_VH, positions.labels_T[in_pair_T],
-                    **context.arguments(),
-                )
+                reference_T[in_pair_T] = teachers[role].token_log_probs(positions.labels_T[in_pair_T], context)
         better, worse = (self._answers(kind, log_probs_T, reference_T, batch) for kind in (self.better, self.worse))
         values_P, margins_P = self._values(better, worse)
         margins_P = margins_P.detach()
