@@ -93,7 +93,7 @@ def load_role(
         return run.load_teacher(role, kinds, student)
     folder = run.folder(stage.signals.stages[role]) / SIGNALS
     # Rank 0 reads and hashes the files; all the others hear of it, so that none waits for one that has left.
-    problem = _problem(run, stage, role, kinds, groups) if run.is_root else None
+    problem = find_problem(run, stage, role, kinds, groups) if run.is_root else None
     problem = broadcast_json(problem, 0, dist.group.WORLD, run.world.device)
     if problem is not None:
         raise MegakdError(problem)
@@ -105,10 +105,10 @@ def load_role(
     return CachedTeacher(reader, kinds, head_VK, run.world.device)
 
 
-def _problem(
+def find_problem(
     run: Run, stage: TrainStage, role: str, kinds: tuple[Kind, ...], groups: Sequence[Group]
 ) -> str | None:
-    """What is wrong with a role's signals for a stage, or None."""
+    """What is wrong with a role's signals for a stage (see `load_role`), or None. Reads the files; asks no rank."""
     folder = run.folder(stage.signals.stages[role]) / SIGNALS
     try:
         reader = SignalsReader(folder)
