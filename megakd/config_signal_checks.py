@@ -87,9 +87,10 @@ def check_signals(recipe: Recipe, stage: TrainStage, earlier: Mapping[str, AnySt
         check_names_stage(field, name, "score", earlier)
         scored = earlier[name]
         if scored.signal.kind not in objective.signal_kinds:
-            known = f"signals that it takes: {', '.join(objective.signal_kinds) or 'none'}"
+            taken = ", ".join(objective.signal_kinds)
             raise ConfigError(field, name, f"it holds {scored.signal.kind}, of which the objective {objective.kind!r} "
-                              f"as it is set can make nothing", f"Of the {known}")
+                              "as it is set can make nothing",
+                              f"Let that stage write {taken}" if taken else f"Leave {role} out of signals")
         _check_same_answers(field, objective.scored, stage, scored)
         if recipe.path_of_model(scored.model) != recipe.path_of_model(recipe.role(role).model):
             raise ConfigError(field, name, f"it scores with {scored.model}, the {role} is {recipe.role(role).model}",
