@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megakd.batch import Kind
 from megakd.config import Recipe
 from megakd.config_signals import MAKER_OF, HiddenStatesSignal, PreferencesSignal, TokenLogProbsSignal
-from megakd.config_stages import AnyStage, GenerateStage, ScoreStage, TrainStage
+from megakd.config_stages import AnyStage, ScoreStage, TrainStage
 from megakd.data.dataset import preference_groups, read_rows
 from megakd.data.tokenizers import Tokenizer
 from megakd.errors import ConfigError
@@ -60,7 +60,6 @@ def _positions(
     rows = read_rows(data.train, data.train_rows, recipe.seed)
     if kind in MAKER_OF:
         maker = stages[getattr(stage, MAKER_OF[kind])]
-        assert isinstance(maker, GenerateStage)
         return len(rows) * maker.answers * maker.max_new_tokens
     groups = preference_groups(rows, tokenizer, (Kind[kind.upper()],), max_length=data.max_length,
                                too_long=data.too_long)
