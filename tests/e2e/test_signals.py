@@ -210,7 +210,7 @@ def test_a_finished_stage_says_which_input_has_changed(finished):
                            inputs=stage_inputs(recipe, stage))
 
 
-# ---------------------------------------------------------------------------------------- the last: it changes the run
+# --------------------------------------------------------------------------------------- the last: they change the run
 def test_another_layout_and_micro_batch_read_the_same(finished):
     """Written by a teacher of two pipeline stages and two copies of the reference for TP2; here read at TP1 x DP2."""
     raw, recipe = finished
@@ -222,3 +222,34 @@ def test_another_layout_and_micro_batch_read_the_same(finished):
         manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
         assert manifest["layout"]["student"]["data"] == 2
         assert curve(folder, name) == pytest.approx(right[name], rel=1e-5)
+
+
+def test_a_killed_stage_begins_anew_and_another_layout_writes_the_same(finished):
+    """The teacher and the reference at TP2, over what a stage leaves that is killed in the middle or at its end."""
+    raw, recipe = finished
+    folder = Path(raw["output"])
+    stages, names = folder / "stages", ("listed", "reference_listed", "answers_hidden")
+    right = {name: everything_in(folder, name) for name in names}
+    curve_before = curve(folder, "adpa_listed")
+    for name in names:
+        (stages / name / "manifest.json").unlink()
+    (stages / "listed" / "signals").rename(stages / "listed" / "signals.partial")
+    (stages / "listed" / "signals.partial" / "shard-00007.safetensors").write_bytes(b"half")
+    cut = "parallel={tensor: 2, pad_heads: true}"
+    again = [part for name in (*names, "adpa_listed") for part in ("--stage", name)]
+    run(recipe, f"teacher.{cut}", f"reference.{cut}", "teacher.micro_batch=4", "--redo", "adpa_listed", *again)
+    for name in names:
+        found = everything_in(folder, name)
+        assert found.keys() == right[name].keys()
+        for answer, columns in found.items():
+            for column, values in columns.items():
+                torch.testing.assert_close(values, right[name][answer][column], rtol=1e-5, atol=1e-5)
+        assert not (stages / name / "signals.partial").exists()
+        assert not (stages / name / "signals" / "shard-00007.safetensors").exists()
+    assert curve(folder, "adpa_listed") == pytest.approx(curve_before, rel=1e-5)
+
+
+def everything_in(folder: Path, name: str) -> dict[Name, dict[str, torch.Tensor]]:
+    reader = reader_of(folder, name)
+    return {answer: {key: values.clone() for key, values in reader.read([entry]).items()}
+            for answer, entry in reader.entries.items()}
