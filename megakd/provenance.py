@@ -8,6 +8,7 @@ from typing import Any
 
 from megakd.config import Recipe
 from megakd.config_stages import AnyStage, EvalStage, ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.errors import ConfigError
 from megakd.manifest import hash_path
 from megakd.objectives import build_objective
 
@@ -31,7 +32,11 @@ def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
 
 
 def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
-    """What the stage reads: name -> hash of the content. Reads the files."""
+    """What the stage reads: name -> hash of the content. Reads the files.
+
+    Raises:
+        ConfigError: one of them is not there, as when a stage is to run alone before those that it needs.
+    """
     paths: dict[str, Path] = {}
     match stage:
         case TrainStage():
@@ -60,6 +65,10 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
             paths |= _numbered("eval", recipe.data.eval)
         case ExportStage():
             paths["model"] = recipe.path_of_model(stage.model)
+    for name, path in paths.items():
+        if not path.exists():
+            raise ConfigError(f"stages.{stage.name}", str(path), f"this, which it reads as {name}, is not there",
+                              "Run the stage that makes it, or correct the path")
     return {name: hash_path(path) for name, path in paths.items()}
 
 

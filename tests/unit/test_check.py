@@ -18,7 +18,7 @@ from megakd.check import check_recipe
 from megakd.check_signals import signals_bytes
 from megakd.config import Recipe, dump, parse
 from megakd.errors import ConfigError, DataError, MegakdError, ModelError
-from megakd.provenance import stage_config
+from megakd.provenance import stage_config, stage_inputs
 from tests.recipes import CONTEXT, VOCABULARY, stage, tiny_recipe, tiny_rows, write_rows, write_tiny_model
 from tests.tiny_tokenizer import CHATML
 
@@ -272,6 +272,20 @@ def test_no_room_for_signals(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     message = refused(raw, tmp_path, ConfigError)
     assert "4 models and 2 checkpoints and 1 stages of signals need" in message
+
+
+def test_signals_that_are_not_there_yet(raw, tmp_path):
+    """As when the training is to run alone before its score stage."""
+    scoring(raw, kind="hidden_states")
+    raw["stages"][3] |= {"answers": ["chosen", "rejected"], "rollouts": None}
+    cached = {**stage(raw, "dckd"), "name": "cached", "save_as": "cached", "signals": {"teacher": "score"}}
+    raw["stages"].insert(4, cached)
+    raw["teacher"]["model"] = raw["stages"][3]["model"] = raw["reference"]["model"]
+    recipe = parse(raw)
+    with pytest.raises(ConfigError) as caught:
+        stage_inputs(recipe, recipe.stages[4])
+    rule = "this, which it reads as signals.teacher, is not there. Run the stage that makes it, or correct the path"
+    assert str(caught.value) == f"stages.cached = '{tmp_path}/run/stages/score/signals': {rule}"
 
 
 def test_a_list_longer_than_the_vocabulary(raw, tmp_path):
