@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from megakd.batch import Kind
+from megakd.check_signals import check_lists, signals_bytes
 from megakd.config import Recipe
 from megakd.config_base import MODEL_OF_RUN
 from megakd.config_checks import check_world
 from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage, WinRateStage
-from megakd.config_stages import ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ScoreStage, TrainStage
 from megakd.data.dataset import held_out_groups, preference_groups, prompts, read_rows
 from megakd.data.texts import read_stage_texts
 from megakd.data.tokenizers import Tokenizer, load_tokenizer, require_same
@@ -50,6 +52,7 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = ()) -> None:
     check_output(recipe)
     check_finished_stages(recipe, redo)
     check_models(recipe)
+    check_lists(recipe, partial(architecture_of, recipe))
     check_rows(recipe)
     check_evaluation(recipe, tokenizer_of(recipe))
     check_room(recipe)
@@ -141,6 +144,11 @@ def directory_behind(recipe: Recipe, model: str) -> Path:
     return Path(model)
 
 
+def architecture_of(recipe: Recipe, model: str) -> Architecture:
+    """A model's architecture."""
+    return Architecture.read(directory_behind(recipe, model))
+
+
 def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Every model that a recipe names: the field that names it -> (model, role in whose layout it runs)."""
     models = {f"{role}.model": (recipe.role(role).model, role) for role in ("reference", "student", "teacher")}
@@ -151,10 +159,8 @@ def models_of(recipe: Recipe) -> dict[str, tuple[str, str]]:
                 models[f"{field}.init"] = (stage.init, stage.trains)
                 if stage.reference is not None:
                     models[f"{field}.reference"] = (stage.reference, "reference")
-            case GenerateStage():
+            case GenerateStage() | ScoreStage():
                 models[f"{field}.model"] = (stage.model, stage.role)
-            case ScoreStage():
-                models[f"{field}.model"] = (stage.model, "teacher")
             case ExportStage():
                 models[f"{field}.model"] = (stage.model, "student")
             case EvalStage() | AnsweringStage() | LmEvalStage():
@@ -194,15 +200,20 @@ def check_models(recipe: Recipe) -> None:
 def longest_of(recipe: Recipe, field: str) -> tuple[str, int]:
     """The setting with the longest sequence that the model of a field is given, and its value."""
     for stage in recipe.stages:
-        if isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model":
-            return f"stages.{stage.name}.max_length", stage.max_length
+        if judges_texts(stage) and field == f"stages.{stage.name}.model":
+            return f"stages.{stage.name}.signal.max_length", stage.signal.max_length
     return "data.max_length", recipe.data.max_length
+
+
+def judges_texts(stage: AnyStage) -> bool:
+    """Whether a stage scores texts, by the model's own tokenizer, rather than the run's tokens."""
+    return isinstance(stage, ScoreStage) and stage.signal.kind == "preferences"
 
 
 def reads_texts(recipe: Recipe, field: str) -> bool:
     """Whether the model of a field only ever reads texts, and may so have another tokenizer than the run's."""
     if field != "teacher.model":
-        return any(isinstance(stage, ScoreStage) and field == f"stages.{stage.name}.model" for stage in recipe.stages)
+        return any(judges_texts(stage) and field == f"stages.{stage.name}.model" for stage in recipe.stages)
     return not any(
         isinstance(stage, EvalStage) and stage.teacher
         or isinstance(stage, TrainStage) and "teacher" in stage.roles
@@ -269,8 +280,9 @@ def check_rows(recipe: Recipe) -> None:
     limits = {"max_length": data.max_length, "too_long": data.too_long}
     trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
     generates = any(isinstance(stage, GenerateStage) for stage in recipe.stages)
+    reads = trains or generates or any(isinstance(stage, ScoreStage) for stage in recipe.stages)
     evals = any(isinstance(stage, EvalStage | WinRateStage) for stage in recipe.stages)
-    for wanted, files, field in ((trains or generates, data.train, "data.train"), (evals, data.eval, "data.eval")):
+    for wanted, files, field in ((reads, data.train, "data.train"), (evals, data.eval, "data.eval")):
         if wanted and not files:
             rule = "a stage reads these rows and no file is named"
             raise ConfigError(field, [], rule, "Name JSONL or Parquet files, or folders of them")
@@ -297,18 +309,21 @@ def check_rows(recipe: Recipe) -> None:
 
 
 def check_room(recipe: Recipe) -> None:
-    """Refuses to begin when the disk cannot hold the models that are still to be made and the largest checkpoint."""
+    """Refuses to begin when the disk cannot hold the models and signals that are still to be made and the largest
+    checkpoint."""
     saved: list[int] = []
     trained: list[int] = []
     for stage in recipe.stages:
         done = (recipe.output / "stages" / stage.name / MANIFEST).exists()
         if isinstance(stage, TrainStage | ExportStage) and not done:
             source = stage.init if isinstance(stage, TrainStage) else stage.model
-            saved.append(parameter_count(Architecture.read(directory_behind(recipe, source))))
+            saved.append(parameter_count(architecture_of(recipe, source)))
             if isinstance(stage, TrainStage):
                 trained.append(saved[-1])
     copies = sum(saved) + max(trained, default=0) * CHECKPOINT_COPIES
-    require_room(recipe.output, copies * BYTES_PER_PARAMETER, f"{len(saved)} models and 2 checkpoints")
+    signals = signals_bytes(recipe, tokenizer_of(recipe), partial(architecture_of, recipe))
+    what = f"{len(saved)} models and 2 checkpoints" + (f" and {len(signals)} stages of signals" if signals else "")
+    require_room(recipe.output, copies * BYTES_PER_PARAMETER + sum(signals.values()), what)
 
 
 def parameter_count(architecture: Architecture) -> int:

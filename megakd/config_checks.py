@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megakd.config_base import MODEL_OF_RUN
 from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage
+from megakd.config_signal_checks import check_names_stage, check_score_stage, check_signals
 from megakd.config_stages import AnyStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.layout import Layout
@@ -36,7 +37,9 @@ def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     """A step has to fill whole micro-batches of every role that takes part, on each of its replicas."""
     multiples: dict[str, int] = {}
     rules: dict[str, str] = {}
-    for name in (stage.trains, *stage.objective.roles):
+    # A role that is read from disk fills no micro-batches.
+    online = [role for role in stage.objective.roles if role not in stage.signals.stages]
+    for name in (stage.trains, *online):
         role = recipe.role(name)
         data = Layout(world, role.parallel.tensor, role.parallel.pipeline, role.parallel.context).data
         multiples[name] = data * role.micro_batch
@@ -75,9 +78,10 @@ def check_stages(recipe: Recipe) -> None:
         if isinstance(stage, EvalStage):
             _check_eval_stage(stage)
         if isinstance(stage, ScoreStage):
-            _check_names_stage(f"stages.{stage.name}.rollouts", stage.rollouts, "generate", earlier)
+            check_score_stage(stage, earlier)
         if isinstance(stage, TrainStage):
             _check_train_stage(recipe, stage, earlier)
+            check_signals(recipe, stage, earlier)
         earlier[stage.name] = stage
     for role in ("student", "teacher", "reference"):
         model = recipe.role(role).model
@@ -155,10 +159,13 @@ def _check_train_stage(recipe: Recipe, stage: TrainStage, earlier: dict[str, Any
         if name in stage.drawn_online:
             continue
         if name in stage.objective.inputs:
-            _check_names_stage(f"{field}.{name}", value, maker, earlier)
+            check_names_stage(f"{field}.{name}", value, maker, earlier)
         elif value is not None:
             raise ConfigError(f"{field}.{name}", value, f"the objective {kind!r} takes no {name}, as it is set",
                               "Leave it out")
+    if stage.scores is not None and earlier[stage.scores].signal.kind != "preferences":
+        raise ConfigError(f"{field}.scores", stage.scores, f"that stage writes {earlier[stage.scores].signal.kind}",
+                          "Name a score stage with signal: {kind: preferences}")
     if stage.scores is not None and earlier[stage.scores].rollouts != stage.rollouts:
         rule = f"it scores the rollouts of {earlier[stage.scores].rollouts!r}, this stage trains on {stage.rollouts!r}"
         raise ConfigError(f"{field}.scores", stage.scores, rule, "Name the same rollouts in both")
@@ -224,13 +231,6 @@ def _check_online(stage: TrainStage) -> None:
         found = f"temperature {online.temperature}, top_k {online.top_k}, top_p {online.top_p}"
         raise ConfigError(field, found, "a policy gradient needs draws from the models' own distributions",
                           "Write temperature: 1.0, top_k: 0, top_p: 1.0")
-
-
-def _check_names_stage(field: str, value: str | None, kind: str, earlier: dict[str, AnyStage]) -> None:
-    if value not in earlier or earlier[value].kind != kind:
-        known = sorted(name for name, stage in earlier.items() if stage.kind == kind)
-        raise ConfigError(field, value, f"has to name an earlier stage of kind {kind!r}",
-                          f"There are: {', '.join(known) or 'none'}")
 
 
 def _check_generate_stage(name: str, settings: GenerateStage | OnlineAnswers) -> None:

@@ -30,6 +30,31 @@ class ObjectiveSection(Section):
         """Settings of the stage that have to name an earlier stage: `rollouts`, `teacher_answers`, `scores`."""
         return ()
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Kinds of answers that its roles score (the objective's `requires.teacher_kinds`)."""
+        return ()
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        """Kinds of signals that a role may be read as from disk; none where it has to run beside the student."""
+        return ()
+
+
+class ListedTokens(ObjectiveSection):
+    """Settings of the objectives that may look at the teacher's likeliest tokens alone."""
+
+    kind: str
+    top_k: int | None = Field(None, ge=1)
+    """The loss on the teacher's so many likeliest tokens and the rest as one bucket; the released code has 50. The
+    whole vocabulary when left out."""
+    released: bool = False
+    """With top_k: also the released code's limits; see docs/methods.md."""
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states",) if self.top_k is None else ("hidden_states", "top_k")
+
 
 class SftObjective(ObjectiveSection):
     """Negative log-likelihood of the chosen answer, or of the teacher's own (SeqKD)."""
@@ -43,7 +68,7 @@ class SftObjective(ObjectiveSection):
         return ("teacher_answers",) if self.answers == "teacher" else ()
 
 
-class KdObjective(ObjectiveSection):
+class KdObjective(ListedTokens):
     """Distillation token by token: (1 - weight) * NLL + weight * divergence between teacher and student."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -67,6 +92,11 @@ class KdObjective(ObjectiveSection):
         teacher = ("teacher_answers",) if self.answers == "teacher" else ()
         return (*teacher, *(("rollouts",) if self.on_policy > 0 else ()))
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        given = "teacher_answer" if self.answers == "teacher" else "chosen"
+        return (given, "rollout") if self.on_policy > 0 else (given,)
+
 
 class DpoObjective(ObjectiveSection):
     """Direct preference optimization against the reference role."""
@@ -78,6 +108,14 @@ class DpoObjective(ObjectiveSection):
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answer's negative log-likelihood added to the loss."""
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
+
 
 class IpoObjective(ObjectiveSection):
     """Identity preference optimization against the reference role."""
@@ -88,6 +126,14 @@ class IpoObjective(ObjectiveSection):
     mean_log_probs: bool = False
     """Mean log-probabilities a token, as libraries have them, in place of the paper's sums."""
     sft_weight: float = Field(0.0, ge=0)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
 
 
 class CpoObjective(ObjectiveSection):
@@ -110,7 +156,7 @@ class SimpoObjective(ObjectiveSection):
     sft_weight: float = Field(0.0, ge=0)
 
 
-class DckdObjective(ObjectiveSection):
+class DckdObjective(ListedTokens):
     """Dual-constrained distillation: SFT on the chosen answer + alpha * KL(teacher || student) on both answers."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
@@ -125,8 +171,12 @@ class DckdObjective(ObjectiveSection):
     def roles(self) -> tuple[str, ...]:
         return (self.teacher,)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("chosen", "rejected")
 
-class AdpaObjective(ObjectiveSection):
+
+class AdpaObjective(ListedTokens):
     """Advantage-based distillation: SFT on the chosen answer - gamma * E[advantage] on the student's own rollouts."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher", "reference")
@@ -144,6 +194,10 @@ class AdpaObjective(ObjectiveSection):
     @property
     def inputs(self) -> tuple[str, ...]:
         return ("rollouts",)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("rollout",)
 
 
 class DpkdObjective(ObjectiveSection):
@@ -178,6 +232,14 @@ class DpkdObjective(ObjectiveSection):
     def inputs(self) -> tuple[str, ...]:
         return ("rollouts", "teacher_answers")
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("teacher_answer", "rollout")
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states", "token_log_probs")
+
 
 class DpkdTokenObjective(ObjectiveSection):
     """DPKD as its released code has it: (1 - weight) * NLL + weight * a DPO loss of two tokens at each position.
@@ -191,6 +253,14 @@ class DpkdTokenObjective(ObjectiveSection):
     weight: float = Field(0.5, ge=0, le=1)
     answers: Literal["chosen", "teacher"] = "chosen"
     """`teacher`: the answers of the stage that `teacher_answers` names, as released (its pseudo-labels)."""
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("teacher_answer",) if self.answers == "teacher" else ("chosen",)
+
+    @property
+    def signal_kinds(self) -> tuple[str, ...]:
+        return ("hidden_states",)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -227,6 +297,10 @@ class MiniLlmObjective(ObjectiveSection):
     @property
     def reads_text(self) -> bool:
         return self.lm_on == "text" and self.lm_weight > 0
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("rollout",)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pydantic import Field
 from megakd.config_base import Section, Stage
 from megakd.config_evaluation import AnswersStage, EvalStage, LmEvalStage, WinRateStage
 from megakd.config_objectives import Objective
+from megakd.config_signals import MAKER_OF, AnswerKind, PreferencesSignal, Signal, Signals
 
 
 class Optimizer(Section):
@@ -73,6 +74,8 @@ class TrainStage(Stage):
     reference: str | None = None
     """Model that takes part as the reference in this stage, in the reference role's layout; that role's own when left
     out. DPO of a student compares with the student's own start."""
+    signals: Signals = Signals()
+    """Roles that are read from `score` stages; the others run beside the student."""
     optimizer: Optimizer = Optimizer()
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; or `tokens` in its place."""
@@ -128,24 +131,28 @@ class GenerateStage(Stage):
 
 
 class ScoreStage(Stage):
-    """Lets the teacher score the answers of a `generate` stage; writes `stages/<name>/scores.jsonl` (PAD).
-
-    score = likelihood_weight * mean log-likelihood a token + (1 - likelihood_weight) * log of the probability that the
-    teacher selects the answer when it is asked to choose between two.
-    """
+    """Lets a model score answers to the training prompts and writes what it says of them into the stage's folder."""
 
     kind: Literal["score"]
     model: str
-    """The teacher. Its tokenizer and chat template may be others than the student's: it reads the texts."""
-    rollouts: str
-    """Name of the `generate` stage."""
-    likelihood_weight: float = Field(0.0, ge=0, le=1)
-    """0 is the selection alone, as in PAD's released configuration; 1 the likelihood alone."""
-    both_orders: bool = True
-    """Asks for each pair of answers in both orders and takes the mean; False: in one order, as the released code."""
-    max_length: int = Field(2048, ge=16)
-    """Longest sequence of the teacher in tokens; a question that is longer has its answers cut to fit."""
+    role: Literal["teacher", "reference"] = "teacher"
+    """Whose layout the model has."""
+    signal: Signal = PreferencesSignal()
+    """What is written of each answer."""
+    answers: tuple[AnswerKind, ...] = ("chosen", "rejected")
+    """Which answers are scored; `preferences` are always those between rollouts."""
+    rollouts: str | None = None
+    """Name of the `generate` stage with the student's own answers, where these are scored."""
+    teacher_answers: str | None = None
+    """Name of the `generate` stage with the teacher's answers, where these are scored."""
     chunk_tokens: int = Field(256, ge=1)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Settings that have to name an earlier stage: `rollouts`, `teacher_answers`."""
+        if self.signal.kind == "preferences":
+            return ("rollouts",)
+        return tuple(MAKER_OF[kind] for kind in self.answers if kind in MAKER_OF)
 
 
 class ExportStage(Stage):

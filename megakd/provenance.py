@@ -9,12 +9,15 @@ from typing import Any
 from megakd.config import Recipe
 from megakd.config_evaluation import AnsweringStage, AnswersStage, CommandJudge, EvalStage, LmEvalStage, WinRateStage
 from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ScoreStage, TrainStage
+from megakd.errors import ConfigError
 from megakd.manifest import hash_path
 
 ROLLOUTS = "rollouts.jsonl"
 """Name of a generate stage's file in its folder."""
 SCORES = "scores.jsonl"
-"""Name of a score stage's file in its folder."""
+"""Name of a score stage's file in its folder, where it scores preferences."""
+SIGNALS = "signals"
+"""Name of a score stage's folder of signals in its folder, where it writes another signal."""
 HOW_NOT_WHAT = {
     **dict.fromkeys(("name", "kind", "checkpoint_every", "chunk_tokens", "slots", "batch_size"), True),
     "judge": {"timeout"}, "online": {"slots"},
@@ -32,7 +35,11 @@ def stage_config(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
 
 
 def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
-    """What the stage reads: name -> hash of the content. Reads the files."""
+    """What the stage reads: name -> hash of the content. Reads the files.
+
+    Raises:
+        ConfigError: one of them is not there, as when a stage is to run alone before those that it needs.
+    """
     paths: dict[str, Path] = {}
     match stage:
         case TrainStage():
@@ -47,12 +54,17 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
                     continue
                 file = SCORES if name == "scores" else ROLLOUTS
                 paths[name] = recipe.output / "stages" / getattr(stage, name) / file
+            for role, name in stage.signals.stages.items():
+                paths[f"signals.{role}"] = recipe.output / "stages" / name / SIGNALS
         case GenerateStage():
             paths["model"] = recipe.path_of_model(stage.model)
             paths |= _numbered("train", recipe.data.train)
         case ScoreStage():
             paths["model"] = recipe.path_of_model(stage.model)
-            paths["rollouts"] = recipe.output / "stages" / stage.rollouts / ROLLOUTS
+            for name in stage.inputs:
+                paths[name] = recipe.output / "stages" / getattr(stage, name) / ROLLOUTS
+            if stage.signal.kind == "top_k" and stage.signal.at is not None:
+                paths["at"] = recipe.output / "stages" / stage.signal.at / SIGNALS
             paths |= _numbered("train", recipe.data.train)
         case EvalStage():
             paths |= _labelled(recipe, stage)
@@ -76,6 +88,10 @@ def stage_inputs(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
                 paths["include_path"] = stage.include_path
         case ExportStage():
             paths["model"] = recipe.path_of_model(stage.model)
+    for name, path in paths.items():
+        if not path.exists():
+            raise ConfigError(f"stages.{stage.name}", str(path), f"this, which it reads as {name}, is not there",
+                              "Run the stage that makes it, or correct the path")
     return {name: hash_path(path) for name, path in paths.items()}
 
 

@@ -37,6 +37,7 @@ from megakd.rollout.replicas import generate_on_replicas
 from megakd.rollout.sampling import Sampling
 from megakd.rollout.selection import most_different
 from megakd.run import Run
+from megakd.teacher.scoring import score_signals
 from megakd.train import train
 
 logger = logging.getLogger("megakd")
@@ -135,6 +136,8 @@ def _kept_answers(
 
 
 def _score(run: Run, stage: ScoreStage) -> StageResult:
+    if stage.signal.kind != "preferences":
+        return StageResult(*score_signals(run, stage))
     directory, file = run.recipe.path_of_model(stage.model), run.folder(stage.rollouts) / ROLLOUTS
     _, rollouts = artefacts.read_rollouts(file, run.tokenizer, keys=[row.key for row in run.train_rows])
     rows = {row.key: row for row in run.train_rows if rollouts[row.key][0].finish_reason not in artefacts.SKIPPED}
@@ -146,10 +149,10 @@ def _score(run: Run, stage: ScoreStage) -> StageResult:
                         f"Raise stages.{stage.rollouts}.n")
     # The teacher reads texts, by its own template.
     tokenizer = load_tokenizer(directory)
-    model = freeze(run.load_model("teacher", stage.model))
+    model = freeze(run.load_model(stage.role, stage.model))
     scores, report = score_rollouts(run, stage, model, tokenizer, list(rows.values()), answers)
     if run.is_root:
-        settings = stage.model_dump(include={"likelihood_weight", "both_orders", "max_length"})
+        settings = stage.signal.model_dump(exclude={"kind"})
         header = ScoresHeader(hash_path(directory), hash_path(file), settings)
         write_scores(run.folder(stage.name) / SCORES, header, scores)
     return StageResult(0, report)

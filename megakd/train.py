@@ -25,10 +25,11 @@ from megakd.mcore.model import Model, freeze
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext, Objective
+from megakd.objectives.base import LossContext, Requires
 from megakd.provenance import ROLLOUTS, SCORES
 from megakd.rollout.online import OnlineGroups
 from megakd.run import Run
+from megakd.teacher.cached import CachedTeacher, load_role
 from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 
@@ -48,13 +49,18 @@ class Training:
     def __init__(self, run: Run, stage: TrainStage):
         self.run, self.stage = run, stage
         self.objective = build_objective(stage.objective)
+        requires, stored = self.objective.requires, generated_before(run, stage)
+        groups = training_groups(run, requires, stored) if stage.online is None else ()
         self.model = run.load_model(stage.trains, stage.init)
-        kinds = self.objective.requires.teacher_kinds
         self.teachers = {
-            role: run.load_teacher(role, run.recipe.teacher_model(stage, role), kinds[role], self.model.grid)
-            for role in self.objective.requires.teachers
+            role: load_role(run, stage, role, requires.teacher_kinds[role], groups, self.model.grid)
+            for role in requires.teachers
         }
-        self.data = training_data(run, stage, self.objective, self.model, self.teachers)
+        if stage.online is None:
+            self.data = StoredGroups(groups, StepSampler(len(groups), stage.global_batch, run.recipe.seed))
+        else:
+            teacher = drawing_teacher(run, stage, self.teachers)
+            self.data = OnlineGroups(run, stage, requires, stored, self.model, teacher)
         self.texts = read_stage_texts(run.recipe, stage, run.tokenizer) if stage.objective.reads_text else None
         self.steps = stage.steps if stage.tokens is None else self._steps_for(stage.tokens)
         self.trainer = make_trainer(self.model, stage.optimizer, self.steps)
@@ -143,10 +149,8 @@ class StoredGroups:
         return Step(tuple(self.groups[index] for index in self.sampler.indices(number)))
 
 
-def training_data(
-    run: Run, stage: TrainStage, objective: Objective, model: Model, teachers: Mapping[str, OnlineTeacher]
-) -> StoredGroups | OnlineGroups:
-    """The stage's steps: its rows, with what earlier stages generated, or with answers that are drawn as they go."""
+def generated_before(run: Run, stage: TrainStage) -> Generated:
+    """What earlier stages have generated and scored for a training stage."""
     answers = {}
     for kind, maker in ((Kind.ROLLOUT, stage.rollouts), (Kind.TEACHER_ANSWER, stage.teacher_answers)):
         if maker is not None:
@@ -155,20 +159,29 @@ def training_data(
     scores = None
     if stage.scores is not None:
         scores = read_scores(run.folder(stage.scores) / SCORES, run.folder(stage.rollouts) / ROLLOUTS)
-    stored = Generated(answers, scores)
-    if stage.online is not None:
-        teacher = None
-        if "teacher" in stage.roles:
-            teacher = (teachers["teacher"].model if "teacher" in teachers
-                       else freeze(run.load_model("teacher", run.recipe.teacher.model)))
-        return OnlineGroups(run, stage, objective.requires, stored, model, teacher)
-    groups = preference_groups(
+    return Generated(answers, scores)
+
+
+def training_groups(run: Run, requires: Requires, generated: Generated) -> Sequence[Group]:
+    """The tokenised groups of a stage whose answers are all there."""
+    return preference_groups(
         run.train_rows,
         run.tokenizer,
-        objective.requires.kinds,
+        requires.kinds,
         max_length=run.recipe.data.max_length,
         too_long=run.recipe.data.too_long,
-        generated=stored,
-        on_policy=objective.requires.on_policy,
+        generated=generated,
+        on_policy=requires.on_policy,
     )
-    return StoredGroups(groups, StepSampler(len(groups), stage.global_batch, run.recipe.seed))
+
+
+def drawing_teacher(
+    run: Run, stage: TrainStage, teachers: Mapping[str, OnlineTeacher | CachedTeacher]
+) -> Model | None:
+    """The teacher's model where it draws answers while the stage trains."""
+    if "teacher" not in stage.roles:
+        return None
+    match teachers:
+        case {"teacher": OnlineTeacher(model=model)}:
+            return model
+    return freeze(run.load_model("teacher", run.recipe.teacher.model))

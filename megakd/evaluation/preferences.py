@@ -61,18 +61,18 @@ def score_rollouts(
     Args:
         run: this rank's run.
         stage: the settings.
-        model: the teacher, frozen, in the layout of the role `teacher`.
+        model: the teacher, frozen, in the layout of the stage's role.
         tokenizer: the teacher's.
         rows: the prompts.
         answers: to each row its answers, two or more.
     """
     with evaluating(model):
         likelihoods = _likelihoods(run, stage, model, tokenizer, rows, answers)
-        asks = stage.likelihood_weight < 1
+        asks = stage.signal.likelihood_weight < 1
         selections, report = (
             _selections(run, stage, model, tokenizer, rows, answers) if asks else ([None] * len(rows), {})
         )
-    scores, weight = [], stage.likelihood_weight
+    scores, weight = [], stage.signal.likelihood_weight
     for row, own, likelihood, selection in zip(rows, answers, likelihoods, selections, strict=True):
         for number, answer in enumerate(own):
             score, log_selected = likelihood[number], None if selection is None else selection[number]
@@ -95,19 +95,19 @@ def _likelihoods(
         for answer in own:
             # What the generator's limit has cut does not end there: no closing token.
             tokens, length = tokenizer.encode(row.prompt, answer.text, close=answer.finish_reason == "stop")
-            if length >= stage.max_length:
+            if length >= stage.signal.max_length:
                 problem = f"{length} tokens under the teacher's tokenizer, no fewer than the stage's max_length"
-                raise DataError(row.key, None, "prompt", problem, f"Raise stages.{stage.name}.max_length")
-            cut += len(tokens) > stage.max_length
-            groups.append(Group(row.key, (Sample(tuple(tokens[: stage.max_length]), length, Kind.ROLLOUT),)))
+                raise DataError(row.key, None, "prompt", problem, f"Raise stages.{stage.name}.signal.max_length")
+            cut += len(tokens) > stage.signal.max_length
+            groups.append(Group(row.key, (Sample(tuple(tokens[: stage.signal.max_length]), length, Kind.ROLLOUT),)))
     if cut:
         logger.warning("%d of %d answers are longer than max_length %d tokens: their beginnings are scored",
-                       cut, len(groups), stage.max_length)
+                       cut, len(groups), stage.signal.max_length)
 
     def values(_: int, output: RoleOutput, batch: Batch) -> dict[str, Tensor]:
         return {"log_prob": _log_probs(stage, model, output, batch.positions.labels_T)}
 
-    sums = _run(run, model, tokenizer, groups, values)["log_prob"].tolist()
+    sums = _run(run, stage, model, tokenizer, groups, values)["log_prob"].tolist()
     lengths = [group.samples[0].response_length for group in groups]
     means = iter(total / length if length else None for total, length in zip(sums, lengths, strict=True))
     return [list(itertools.islice(means, len(own))) for own in answers]
@@ -127,7 +127,7 @@ def _selections(
         for number, own in enumerate(answers)
         for pair in itertools.combinations(range(len(own)), 2)
     ]
-    if stage.both_orders:
+    if stage.signal.both_orders:
         questions += [Question(question.row, question.second, question.first) for question in questions]
     groups = [
         _question_group(tokenizer, rows[asked.row], [answers[asked.row][i].text for i in (asked.first, asked.second)],
@@ -140,9 +140,9 @@ def _selections(
             letter: _letter_probs(stage, model, output, its_ids) for letter, its_ids in zip(LETTERS, ids, strict=True)
         }
 
-    probs = _run(run, model, tokenizer, groups, values)
+    probs = _run(run, stage, model, tokenizer, groups, values)
     mass = [[0.0] * len(own) for own in answers]
-    orders = 2 if stage.both_orders else 1
+    orders = 2 if stage.signal.both_orders else 1
     for asked, first, second in zip(questions, probs["A"].tolist(), probs["B"].tolist(), strict=True):
         mass[asked.row][asked.first] += first / orders
         mass[asked.row][asked.second] += second / orders
@@ -165,7 +165,7 @@ def letter_ids(tokenizer: Tokenizer, letter: str) -> list[int]:
     ids = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).strip() == letter]
     if not ids:
         raise ModelError(f"{tokenizer.directory}: no token of its tokenizer is the letter {letter!r}, so this teacher "
-                         "cannot be asked to choose. Set likelihood_weight: 1.0, or take another teacher")
+                         "cannot be asked to choose. Set signal.likelihood_weight: 1.0, or take another teacher")
     return ids
 
 
@@ -181,11 +181,11 @@ def _question_group(
         first, second = (text[:keep] for text in texts)
         content = REQUEST.format(request=request, first=first, second=second)
         tokens, length = tokenizer.encode([Message(role="user", content=content)], None, close=False)
-        if length < stage.max_length:
+        if length < stage.signal.max_length:
             return Group(row.key, (Sample((*tokens, tokenizer.pad_id), length, Kind.ROLLOUT),))
         if keep == 0:
             problem = f"the question takes {length} tokens without the answers, more than the stage's max_length"
-            raise DataError(row.key, None, "prompt", problem, f"Raise stages.{stage.name}.max_length")
+            raise DataError(row.key, None, "prompt", problem, f"Raise stages.{stage.name}.signal.max_length")
         keep = keep * 3 // 4
 
 
@@ -205,11 +205,11 @@ def _log_probs(stage: ScoreStage, model: Model, output: RoleOutput, labels_T: Te
 
 
 def _run(
-    run: Run, model: Model, tokenizer: Tokenizer, groups: Sequence[Group], values: Values
+    run: Run, stage: ScoreStage, model: Model, tokenizer: Tokenizer, groups: Sequence[Group], values: Values
 ) -> dict[str, Tensor]:
     """Sums of the groups' only sequences, in their order."""
-    step = filled(run, groups, ("teacher",))
-    batches = run.batches(step, "teacher", model, pad_id=tokenizer.pad_id)
+    step = filled(run, groups, (stage.role,))
+    batches = run.batches(step, stage.role, model, pad_id=tokenizer.pad_id)
     with torch.no_grad():
         sums = sums_by_sequence(run, model, batches, step.samples, values)
     return {name: total_N[: len(groups)] for name, total_N in sums.items()}

@@ -34,7 +34,7 @@ COMPANIONS = (  # patterns of the files that belong to a model besides its weigh
     "tekken.json",
 )
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,31 +105,41 @@ def write_safetensors(
 ) -> None:
     """Writes a safetensors file, holding one tensor at a time.
 
-    The format: 8 bytes with the little-endian length of the header, the header as JSON padded to a multiple of 8
-    bytes, then the tensors' bytes without gaps (https://github.com/huggingface/safetensors, README "Format").
-
     Args:
         path: the file.
         shapes: name and shape of each tensor, in the order of `tensors`.
         dtype: float32, bfloat16 or float16.
         tensors: as many tensors, in that dtype, on any device.
     """
+    with path.open("wb") as file:
+        file.write(safetensors_header({name: (dtype, shape) for name, shape in shapes.items()}))
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (name, tensor.shape, tensor.dtype)
+            file.write(bytes_of(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file whose tensors, by name, follow without gaps in this order.
+
+    The format: 8 bytes with the little-endian length of the header, the header as JSON padded to a multiple of 8
+    bytes, then the tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         end = offset + tensor_bytes(shape, dtype)
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (name, tensor.shape, tensor.dtype)
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they stand in a file."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -22,8 +22,18 @@ from megakd.losses.policy_gradient import (
 )
 from megakd.losses.preference import cpo, dpkd, dpo, dpo_from_margins, ipo, reward_margins, simpo
 from megakd.losses.released import dpkd_token, released_topk_advantage, released_topk_kl
+from megakd.losses.top_k import (
+    TopK,
+    fused_log_probs_at,
+    fused_top_k,
+    fused_topk_advantage,
+    fused_topk_distillation,
+    released_topk_advantages,
+    topk_advantages,
+)
 
 __all__ = [
+    "TopK",
     "behaviour_log_probs",
     "clipped_policy_gradient",
     "cpo",
@@ -37,12 +47,17 @@ __all__ = [
     "fused_divergence",
     "fused_dpkd_token",
     "fused_expected_advantage",
+    "fused_log_probs_at",
     "fused_token_log_probs",
+    "fused_top_k",
+    "fused_topk_advantage",
+    "fused_topk_distillation",
     "ipo",
     "pad_probabilistic",
     "pad_vanilla",
     "plackett_luce_log_prob",
     "released_topk_advantage",
+    "released_topk_advantages",
     "released_topk_kl",
     "returns",
     "reverse_kl_rewards",
@@ -51,4 +66,5 @@ __all__ = [
     "sequence_weights",
     "simpo",
     "token_log_probs",
+    "topk_advantages",
 ]

@@ -16,7 +16,7 @@ from megakd.losses.advantage import ExpectedAdvantage
 from megakd.losses.combined import WithLogProbs
 from megakd.losses.divergence import row_divergence
 from megakd.losses.hidden_states import HeadInput, Settings, all_tokens, check_models, hidden_row_loss
-from megakd.losses.likelihood import LogProb, check_labels
+from megakd.losses.likelihood import LogProb, check_labels, check_weights
 from megakd.losses.released import ArgmaxPreference
 from megakd.losses.statistics import check_positive
 
@@ -275,10 +275,7 @@ def fused_distillation(
     columns = check_models(models, tp_group, vocab_size)
     tokens = all_tokens(models[0], labels_T, columns, sequence_parallel)
     check_labels(labels_T, tokens, columns.vocab_size)
-    for name, tensor in (("divergence", divergence_weights_T), ("log_prob", log_prob_weights_T)):
-        if tensor.shape != (tokens,) or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise LossInputError(f"{name}_weights_T is {found}: it must be one floating-point number for each token")
+    check_weights(tokens, divergence=divergence_weights_T, log_prob=log_prob_weights_T)
     weights = divergence_weights_T.detach(), log_prob_weights_T.detach()
     loss = WithLogProbs(row_divergence(kind, beta=beta, mu=mu), labels_T, *weights, temperature)
     settings = Settings(chunk_tokens, temperature, False, sequence_parallel)

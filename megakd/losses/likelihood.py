@@ -117,6 +117,14 @@ def check_labels(labels_T: Tensor, tokens: int, vocab_size: int) -> None:
             raise LossInputError(f"labels_T holds {low if low < 0 else high}: labels must be in [0, {vocab_size})")
 
 
+def check_weights(tokens: int, **weights: Tensor) -> None:
+    """Raises LossInputError unless each of the tokens' weights, by the loss that it weighs, is [tokens] numbers."""
+    for name, tensor in weights.items():
+        if tensor.shape != (tokens,) or not tensor.is_floating_point():
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise LossInputError(f"{name}_weights_T is {found}: it must be one floating-point number for each token")
+
+
 def sequence_sums(values_T: Tensor, rows_T: Tensor, rows: int) -> Tensor:
     """Sums of a micro-batch's token values over each sequence.
 

@@ -1,7 +1,8 @@
-"""What the released codes of DPKD, ADPA and DCKD compute where it differs from the papers: for reproduction only.
+"""What the released codes of DPKD, ADPA and DCKD compute where it differs from the papers, from logits.
 
-The methods themselves are `dpkd`, `expected_advantage` and `divergence`. Each function says what differs. The token ids
-and numbers that the released codes store for each token's likeliest ids are replicated over tensor-parallel ranks.
+The methods themselves are `dpkd`, `expected_advantage` and `divergence`. Each function says what differs. top_k.py has
+those of stored tokens from hidden states, for training. The token ids and numbers that the released codes store for
+each token's likeliest ids are replicated over tensor-parallel ranks.
 
 Legend: T tokens, C tokens of a chunk, V local vocabulary columns, K stored ids of a token, B = K + 1 with the rest of
 the vocabulary, S statistics, D tensor-parallel ranks.
@@ -69,7 +70,7 @@ class ArgmaxPreference(RowLoss):
         gradient_CV = block.logits[0].zero_()
         a_C, b_C, slope_C = saved_SC
         for id_C, share_C in ((a_C, -slope_C), (b_C, slope_C)):
-            local_C1, owned_C1 = _local(id_C.long()[:, None], block.columns)
+            local_C1, owned_C1 = local_ids(id_C.long()[:, None], block.columns)
             if block.columns.width:
                 # Added one after the other: where a = b they cancel exactly.
                 gradient_CV.scatter_add_(1, local_C1, share_C[:, None] * owned_C1)
@@ -137,39 +138,55 @@ def dpkd_token(
 # -------------------------------------------------------------------------------------------- ADPA on stored advantages
 @dataclass(frozen=True)
 class TopKAdvantage(RowLoss):
-    """Row loss `sum_i Q(i) A_i` over stored ids, A = rest for all other tokens; gradient Q (A - its mean under Q)."""
+    """Row loss `sum_i Q(i) A_i` over stored ids, A = rest for all other tokens; gradient Q (A - its mean under Q).
+
+    Reports the stored ids' probability under Q, all together.
+    """
 
     roles: ClassVar[int] = 1
     spares: ClassVar[int] = 1
+    reported: ClassVar[int] = 1
     token_ids_TK: Tensor
     advantages_TK: Tensor
     rest: float
 
+    @staticmethod
+    def of(token_ids_TK: Tensor, advantages_TK: Tensor, dtype: torch.dtype, *, clamp: bool) -> TopKAdvantage:
+        """The loss of advantages as they are, 0 elsewhere; or, with `clamp`, of all of them within BUCKET_BOUNDS."""
+        advantages_TK = advantages_TK.detach().to(dtype)
+        if not clamp:
+            return TopKAdvantage(token_ids_TK, advantages_TK, 0.0)
+        return TopKAdvantage(token_ids_TK, advantages_TK.clamp(*BUCKET_BOUNDS), BUCKET_BOUNDS[0])
+
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
         exp_CV = torch.sub(block.logits[0], state_SC[0][:, None], out=block.spares[0]).exp_()
-        local_CK, extra_CK = self._extra(block)
-        return torch.stack([exp_CV.sum(1), (_pick(exp_CV, local_CK) * extra_CK).sum(1)])
+        local_CK, owned_CK, extra_CK = self._extra(block)
+        picked_CK = pick_columns(exp_CV, local_CK)
+        return torch.stack([exp_CV.sum(1), (picked_CK * extra_CK).sum(1), (picked_CK * owned_CK).sum(1)])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
-        sum_C, gain_C = sums_SC
-        mean_C = self.rest + gain_C / sum_C
+        sum_C, gain_C, stored_C = sums_SC
+        # What the mean has over the rest's advantage, which at 1e-8 would be lost beside it.
+        gain_C = gain_C / sum_C
         ids_CK = self.token_ids_TK[chunk.rows]
         outside_C = ((ids_CK < 0) | (ids_CK >= chunk.columns.vocab_size)).any(1)
-        return torch.stack([mean_C.masked_fill(outside_C, float("nan")), state_SC[0] + sum_C.log(), mean_C])
+        value_C = (self.rest + gain_C).masked_fill(outside_C, float("nan"))
+        return torch.stack([value_C, state_SC[0] + sum_C.log(), gain_C, stored_C / sum_C])
 
     def gradient(self, block: Chunk, saved_SC: Tensor) -> None:
         student_CV = block.logits[0]
-        lse_C1, mean_C1 = saved_SC[:, :, None]
-        local_CK, extra_CK = self._extra(block)
-        picked_CK = _pick(student_CV.sub_(lse_C1).exp_(), local_CK)
-        student_CV.mul_(self.rest - mean_C1)
+        lse_C1, gain_C1, _ = saved_SC[:, :, None]
+        local_CK, _, extra_CK = self._extra(block)
+        picked_CK = pick_columns(student_CV.sub_(lse_C1).exp_(), local_CK)
+        student_CV.mul_(-gain_C1)
         if block.columns.width:
             student_CV.scatter_add_(1, local_CK, picked_CK * extra_CK)
 
-    def _extra(self, block: Chunk) -> tuple[Tensor, Tensor]:
-        """Local columns of the stored ids, and their advantages over that of the rest, 0 where another rank's."""
-        local_CK, owned_CK = _local(self.token_ids_TK[block.rows], block.columns)
-        return local_CK, (self.advantages_TK[block.rows] - self.rest) * owned_CK
+    def _extra(self, block: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Local columns of the stored ids, whether they are this rank's, and their advantages over that of the rest, 0
+        where another rank's."""
+        local_CK, owned_CK = local_ids(self.token_ids_TK[block.rows], block.columns)
+        return local_CK, owned_CK, (self.advantages_TK[block.rows] - self.rest) * owned_CK
 
 
 def released_topk_advantage(
@@ -209,11 +226,9 @@ def released_topk_advantage(
             range (a NaN value on others) or twice in a row, and advantages that are not finite.
     """
     columns = check_logits({"student_TV": student_TV}, tp_group, vocab_size)
-    _check_stored(student_TV, token_ids_TK, "advantages_TK", advantages_TK, below=columns.vocab_size)
-    advantages_TK, rest = advantages_TK.detach().to(statistics_dtype(student_TV)), 0.0
-    if clamp:
-        advantages_TK, rest = advantages_TK.clamp(*BUCKET_BOUNDS), BUCKET_BOUNDS[0]
-    return logits_row_loss(TopKAdvantage(token_ids_TK, advantages_TK, rest), columns, {"student_TV": student_TV})
+    check_stored(len(student_TV), token_ids_TK, below=columns.vocab_size, advantages_TK=advantages_TK)
+    loss = TopKAdvantage.of(token_ids_TK, advantages_TK, statistics_dtype(student_TV), clamp=clamp)
+    return logits_row_loss(loss, columns, {"student_TV": student_TV})
 
 
 # ----------------------------------------------------------------------------------------- DCKD on stored probabilities
@@ -231,18 +246,22 @@ class TopKForwardKL(RowLoss):
     teacher_probs_TK: Tensor
     clamp: bool
 
+    @property
+    def maxima(self) -> int:
+        return 2
+
     def local_maxima(self, block: Chunk) -> Tensor:
-        """Of the rest alone."""
-        return self._rest(block).amax(1)[None]
+        """The student's, as every row loss begins with (`WithLogProbs` reads it), and that of the rest alone."""
+        return torch.stack([block.logits[0].amax(1), self._rest(block).amax(1)])
 
     def local_sums(self, number: int, block: Chunk, state_SC: Tensor) -> Tensor:
-        rest_max_C1 = state_SC[0][:, None].clamp(min=LOWEST_LOGIT)
+        rest_max_C1 = state_SC[1][:, None].clamp(min=LOWEST_LOGIT)
         rest_sum_C = self._rest(block).sub_(rest_max_C1).exp_().sum(1)
-        local_CK, owned_CK = _local(self.token_ids_TK[block.rows], block.columns)
-        return torch.cat([rest_sum_C[None], (_pick(block.logits[0], local_CK) * owned_CK).t()])
+        local_CK, owned_CK = local_ids(self.token_ids_TK[block.rows], block.columns)
+        return torch.cat([rest_sum_C[None], (pick_columns(block.logits[0], local_CK) * owned_CK).t()])
 
     def combine(self, number: int, state_SC: Tensor, sums_SC: Tensor, chunk: Chunk) -> Tensor:
-        rows, rest_max_C = chunk.rows, state_SC[0].clamp(min=LOWEST_LOGIT)
+        rows, rest_max_C = chunk.rows, state_SC[1].clamp(min=LOWEST_LOGIT)
         known_CK = self.token_ids_TK[rows] < chunk.columns.vocab_size
         stored_CK = sums_SC[1:].t().masked_fill(~known_CK, float("-inf"))
         max_C = torch.maximum(rest_max_C, stored_CK.amax(1))
@@ -266,9 +285,9 @@ class TopKForwardKL(RowLoss):
         student_CV, rows, columns = block.logits[0], block.rows, block.columns
         lse_C1, rest_lse_C1, total_C1, rest_weight_C1 = saved_SC[:, :, None]
         known_CK = self.token_ids_TK[rows] < columns.vocab_size
-        local_CK, owned_CK = _local(self.token_ids_TK[rows], columns)
+        local_CK, owned_CK = local_ids(self.token_ids_TK[rows], columns)
         rest_CV = self._rest(block).sub_(rest_lse_C1).exp_().mul_(rest_weight_C1)
-        free_CK = self._is_free(_pick(student_CV.sub_(lse_C1), local_CK))
+        free_CK = self._is_free(pick_columns(student_CV.sub_(lse_C1), local_CK))
         student_CV.exp_().mul_(total_C1).sub_(rest_CV)
         if columns.width:
             weight_CK = self._teacher(rows, known_CK)[:, :-1] * free_CK * owned_CK
@@ -276,7 +295,7 @@ class TopKForwardKL(RowLoss):
 
     def _rest(self, block: Chunk) -> Tensor:
         """The student's logits with -inf at the stored ids, in the spare."""
-        local_CK, owned_CK = _local(self.token_ids_TK[block.rows], block.columns)
+        local_CK, owned_CK = local_ids(self.token_ids_TK[block.rows], block.columns)
         _without(block.logits[0], local_CK, owned_CK, block.columns, out=block.spares[0])
         return block.spares[0]
 
@@ -329,7 +348,7 @@ def released_topk_kl(
             value on others), ids that are twice in a row and probabilities outside [0, 1].
     """
     columns = check_logits({"student_TV": student_TV}, tp_group, vocab_size)
-    _check_stored(student_TV, token_ids_TK, "teacher_probs_TK", teacher_probs_TK, below=None)
+    check_stored(len(student_TV), token_ids_TK, below=None, teacher_probs_TK=teacher_probs_TK)
     if teacher_probs_TK.device.type == "cpu":
         wrong = int(((teacher_probs_TK < 0) | (teacher_probs_TK > 1)).sum())
         if wrong:
@@ -340,14 +359,14 @@ def released_topk_kl(
 
 
 # ----------------------------------------------------------------------------------------------------------- stored ids
-def _local(ids_CK: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+def local_ids(ids_CK: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     """Local columns of ids, 0 where they are another rank's or nobody's, and whether they are this rank's."""
     local_CK = ids_CK - columns.first
     owned_CK = (local_CK >= 0) & (local_CK < columns.width)
     return local_CK.masked_fill(~owned_CK, 0), owned_CK
 
 
-def _pick(values_CV: Tensor, local_CK: Tensor) -> Tensor:
+def pick_columns(values_CV: Tensor, local_CK: Tensor) -> Tensor:
     """The values of local columns; 0 on a rank without columns."""
     return values_CV.gather(1, local_CK) if values_CV.shape[1] else values_CV.new_zeros(local_CK.shape)
 
@@ -359,21 +378,23 @@ def _without(values_CV: Tensor, local_CK: Tensor, owned_CK: Tensor, columns: Col
         out.scatter_add_(1, local_CK, torch.zeros_like(local_CK, dtype=out.dtype).masked_fill_(owned_CK, float("-inf")))
 
 
-def _check_stored(student_TV: Tensor, ids_TK: Tensor, name: str, values_TK: Tensor, *, below: int | None) -> None:
-    """Raises LossInputError unless ids and values are [T, K] and, on the CPU, ids are in range and once in a row."""
-    tokens = student_TV.shape[0]
-    if ids_TK.dtype != torch.int64 or ids_TK.dim() != 2 or ids_TK.shape[0] != tokens or ids_TK.shape[1] < 1:
-        found = f"token_ids_TK is {ids_TK.dtype} {list(ids_TK.shape)}"
+def check_stored(tokens: int, token_ids_TK: Tensor, *, below: int | None, **values: Tensor) -> None:
+    """Raises LossInputError unless ids, and values by their name, are [tokens, K] and, on the CPU, ids are in range and
+    once in a row."""
+    if token_ids_TK.dtype != torch.int64 or token_ids_TK.dim() != 2 or len(token_ids_TK) != tokens \
+            or token_ids_TK.shape[1] < 1:
+        found = f"token_ids_TK is {token_ids_TK.dtype} {list(token_ids_TK.shape)}"
         raise LossInputError(f"{found}: it must be torch.int64 [{tokens}, K], K at least 1")
-    if not values_TK.is_floating_point() or values_TK.shape != ids_TK.shape:
-        found = f"{name} is {values_TK.dtype} {list(values_TK.shape)}"
-        raise LossInputError(f"{found}: it must be floating-point {list(ids_TK.shape)}")
-    check_finite(name, values_TK)
-    if ids_TK.device.type == "cpu" and tokens:
-        low, high = (int(bound) for bound in ids_TK.aminmax())
+    for name, values_TK in values.items():
+        if not values_TK.is_floating_point() or values_TK.shape != token_ids_TK.shape:
+            found = f"{name} is {values_TK.dtype} {list(values_TK.shape)}"
+            raise LossInputError(f"{found}: it must be floating-point {list(token_ids_TK.shape)}")
+        check_finite(name, values_TK)
+    if token_ids_TK.device.type == "cpu" and tokens:
+        low, high = (int(bound) for bound in token_ids_TK.aminmax())
         if low < 0 or (below is not None and high >= below):
             rule = "must not be negative" if below is None else f"must be in [0, {below})"
             raise LossInputError(f"token_ids_TK holds {low if low < 0 else high}: ids {rule}")
-        twice = int((ids_TK.sort(1).values.diff(dim=1) == 0).any(1).sum())
+        twice = int((token_ids_TK.sort(1).values.diff(dim=1) == 0).any(1).sum())
         if twice:
             raise LossInputError(f"token_ids_TK has {twice} of {tokens} rows with an id twice: each may stand once")

@@ -28,7 +28,7 @@ from megakd.batch import Batch
 from megakd.comm import broadcast_json
 from megakd.mcore.layers import packed_sequences
 from megakd.mcore.model import Model
-from megakd.objectives.base import LossContext, LossTerms, Objective, RoleOutput
+from megakd.objectives.base import LossContext, LossTerms, Objective, RoleOutput, TeacherOutput
 
 
 def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch) -> Tensor:
@@ -83,7 +83,7 @@ class StepResult:
 def forward_backward(
     model: Model,
     batches: Sequence[Batch],
-    teachers: Sequence[Mapping[str, RoleOutput]] | None,
+    teachers: Sequence[Mapping[str, TeacherOutput]] | None,
     objective: Objective,
     context: LossContext,
 ) -> StepResult:
@@ -97,12 +97,12 @@ def forward_backward(
         context: the loss's tensor group, vocabulary, chunk size and the step's denominators.
     """
 
-    def forward_step(iterator: Iterator[tuple[Batch, Mapping[str, RoleOutput]]], chunk: torch.nn.Module):
+    def forward_step(iterator: Iterator[tuple[Batch, Mapping[str, TeacherOutput]]], chunk: torch.nn.Module):
         batch, signals = next(iterator)
         hidden_SBH = run_packed(chunk, batch)
         return hidden_SBH, partial(loss_function, batch, signals)
 
-    def loss_function(batch: Batch, signals: Mapping[str, RoleOutput], hidden_SBH: Tensor):
+    def loss_function(batch: Batch, signals: Mapping[str, TeacherOutput], hidden_SBH: Tensor):
         student = RoleOutput(select_positions(model, hidden_SBH, batch), model.head_VH)
         terms = objective.loss(student, signals, batch, context)
         loss = _weighted_sum(terms, context) if terms.loss is None else terms.loss

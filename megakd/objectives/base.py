@@ -1,6 +1,7 @@
 """What an objective needs, is given and gives back. An objective names terms; `megakd.losses` has the maths of them.
 
-Legend: B sequences, T loss positions, H a model's hidden width, V local vocabulary columns, N values of a term.
+Legend: B sequences, T loss positions, H a model's hidden width, V local vocabulary columns, K listed tokens of a
+position, N values of a term.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.batch import Batch, Kind
-from megakd.losses import sequence_sums
+from megakd.losses import TopK, fused_log_probs_at, fused_token_log_probs, fused_top_k, sequence_sums
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Requires:
     """What has to be brought to an objective."""
 
     teachers: tuple[str, ...]
-    """Roles whose hidden states it takes."""
+    """Roles that it takes besides the student."""
     kinds: tuple[Kind, ...]
     """Kinds of the sequences that each group holds, in this order. Of a generated kind it holds all answers."""
     teacher_kinds: dict[str, tuple[Kind, ...]]
@@ -38,11 +39,60 @@ class RoleOutput:
     """One model's last hidden states at a micro-batch's loss positions, and the local rows of its LM head.
 
     A teacher's states are those of the positions of its kinds alone, in the micro-batch's order. The heads of all roles
-    are cut alike over `LossContext.tp_group`.
+    are cut alike over `LossContext.tp_group`. It answers whatever a loss may ask of a teacher.
     """
 
     hidden_TH: Tensor
     head_VH: Tensor
+
+    def token_log_probs(self, labels_T: Tensor, context: LossContext) -> Tensor:
+        """Log-probabilities [T] of the labels."""
+        return fused_token_log_probs(self.hidden_TH, self.head_VH, labels_T, **context.arguments())
+
+    def top_k(self, k: int, context: LossContext) -> TopK:
+        """The k likeliest tokens of each position; no gradient."""
+        return fused_top_k(self.hidden_TH, self.head_VH, k, **context.arguments())
+
+    def log_probs_at(self, ids_TK: Tensor, context: LossContext) -> Tensor:
+        """Log-probabilities [T, K] of given tokens; no gradient."""
+        return fused_log_probs_at(self.hidden_TH, self.head_VH, ids_TK, **context.arguments())
+
+
+@dataclass(frozen=True)
+class StoredLogProbs:
+    """A role of which only the log-probabilities of the answers' own tokens were written."""
+
+    log_probs_T: Tensor
+
+    def token_log_probs(self, labels_T: Tensor, context: LossContext) -> Tensor:
+        """As `RoleOutput` has it; the labels are those that were scored."""
+        return self.log_probs_T
+
+
+@dataclass(frozen=True)
+class StoredTopK:
+    """A role of which only its likeliest tokens were written."""
+
+    listed: TopK
+
+    def top_k(self, k: int, context: LossContext) -> TopK:
+        """As `RoleOutput` has it; `k` is at most the length of the list."""
+        return self.listed.first(k)
+
+
+@dataclass(frozen=True)
+class StoredListedLogProbs:
+    """A role of which only the log-probabilities of another role's likeliest tokens were written."""
+
+    log_probs_TK: Tensor
+
+    def log_probs_at(self, ids_TK: Tensor, context: LossContext) -> Tensor:
+        """As `RoleOutput` has it; the tokens are the first of the other role's stored list."""
+        return self.log_probs_TK[:, : ids_TK.shape[1]]
+
+
+TeacherOutput = RoleOutput | StoredLogProbs | StoredTopK | StoredListedLogProbs
+"""What a teacher role brings to a micro-batch. A recipe's checks see to it that it answers what the objective asks."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +160,7 @@ class Objective(Protocol):
     requires: Requires
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """The terms of one micro-batch. A term with nothing in it still hangs on the student's tensors."""
         ...

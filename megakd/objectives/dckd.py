@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_distillation
-from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
+from megakd.losses import fused_distillation, fused_topk_distillation
+from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 from megakd.objectives.sft import nll_term
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Dckd:
         self.requires = Requires(teachers=config.roles, kinds=kinds, teacher_kinds={config.teacher: kinds})
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms `kl_chosen` and `kl_rejected`, and `nll` unless its weight is 0, in one pass of the heads."""
         teacher, config = teachers[self.config.teacher], self.config
@@ -35,11 +35,17 @@ class Dckd:
         kl = [context.factor(config.alpha, f"{kind}_tokens") for kind in ("rejected", "chosen")]
         log_prob = [0.0, -context.factor(config.sft_weight, "chosen_tokens")]
         weights_WT = student.hidden_TH.new_tensor([kl, log_prob], dtype=torch.float64)[:, chosen_T.long()]
-        loss, kl_T, log_probs_T = fused_distillation(
-            "forward_kl", student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
-            batch.positions.labels_T, divergence_weights_T=weights_WT[0], log_prob_weights_T=weights_WT[1],
-            temperature=config.temperature, **context.arguments(),
-        )
+        weights = {"divergence_weights_T": weights_WT[0], "log_prob_weights_T": weights_WT[1]}
+        if config.top_k is None:
+            loss, kl_T, log_probs_T = fused_distillation(
+                "forward_kl", student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
+                batch.positions.labels_T, temperature=config.temperature, **weights, **context.arguments(),
+            )
+        else:
+            loss, kl_T, log_probs_T = fused_topk_distillation(
+                student.hidden_TH, student.head_VH, teacher.top_k(config.top_k, context), batch.positions.labels_T,
+                released=config.released, **weights, **context.arguments(),
+            )
         terms = [
             Term("kl_chosen", kl_T[chosen_T], config.alpha, "chosen_tokens"),
             Term("kl_rejected", kl_T[~chosen_T], config.alpha, "rejected_tokens"),

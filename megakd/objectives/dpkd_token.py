@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megakd.batch import Batch
 from megakd.losses import fused_dpkd_token
-from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
+from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 from megakd.objectives.sft import ANSWERS, answer_log_probs, nll_term
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class DpkdToken:
         self.requires = Requires(teachers=config.roles, kinds=(self.kind,), teacher_kinds={"teacher": (self.kind,)})
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms `dpkd_token`, and `nll` unless its weight is 0."""
         teacher, config = teachers["teacher"], self.config

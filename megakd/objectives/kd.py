@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_distillation
-from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
+from megakd.losses import fused_distillation, fused_topk_distillation
+from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 from megakd.objectives.sft import ANSWERS, nll_term
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Kd:
         )
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms by the divergence's name, and `nll` unless its weight is 0, in one pass of the heads."""
         teacher, config, positions = teachers["teacher"], self.config, batch.positions
@@ -39,11 +39,18 @@ class Kd:
         weights_WT = torch.zeros(2, len(given_T), dtype=torch.float64, device=given_T.device)
         weights_WT[0] = context.factor(config.weight, "tokens")
         weights_WT[1, given_T] = -context.factor(nll_weight, denominator)
-        loss, divergence_T, log_probs_T = fused_distillation(
-            config.divergence, student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
-            positions.labels_T, divergence_weights_T=weights_WT[0], log_prob_weights_T=weights_WT[1],
-            beta=config.beta, mu=config.mu, temperature=config.temperature, **context.arguments(),
-        )
+        weights = {"divergence_weights_T": weights_WT[0], "log_prob_weights_T": weights_WT[1]}
+        if config.top_k is None:
+            loss, divergence_T, log_probs_T = fused_distillation(
+                config.divergence, student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
+                positions.labels_T, beta=config.beta, mu=config.mu, temperature=config.temperature, **weights,
+                **context.arguments(),
+            )
+        else:
+            loss, divergence_T, log_probs_T = fused_topk_distillation(
+                student.hidden_TH, student.head_VH, teacher.top_k(config.top_k, context), positions.labels_T,
+                released=config.released, **weights, **context.arguments(),
+            )
         terms = [Term(config.divergence, divergence_T, config.weight, "tokens")]
         if nll_weight > 0:
             terms.append(nll_term(log_probs_T[given_T], weight=nll_weight, kind=self.answers))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megakd.batch import Batch, Kind
 from megakd.losses import clipped_policy_gradient, fused_divergence, fused_token_log_probs
-from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
+from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 from megakd.objectives.sft import ANSWERS, answer_log_probs, nll_term
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class MiniLlm:
         )
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms `policy_gradient` and `reverse_kl`, and `nll` unless its weight is 0."""
         config, teacher = self.config, teachers["teacher"]

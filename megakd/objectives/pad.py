@@ -18,6 +18,7 @@ from megakd.objectives.base import (
     Requires,
     RoleOutput,
     SequenceScores,
+    TeacherOutput,
     Term,
     rows_of_kind,
 )
@@ -37,7 +38,7 @@ class Pad:
         self.requires = Requires(teachers=(), kinds=(Kind.ROLLOUT,), teacher_kinds={})
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """One term `pad`; the metric `best_agreed`, the share of prompts whose best answer both models agree on."""
         positions = batch.positions

@@ -21,6 +21,7 @@ from megakd.objectives.base import (
     Requires,
     RoleOutput,
     SequenceScores,
+    TeacherOutput,
     Term,
     rows_of_kind,
 )
@@ -73,7 +74,7 @@ class Preference:
         )
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms by the form's name and `nll` (on given pairs also at weight 0); metrics over pairs."""
         positions = batch.positions
@@ -86,10 +87,7 @@ class Preference:
             in_pair_T = (positions.kinds_T == self.better) | (positions.kinds_T == self.worse)
             reference_T = torch.zeros_like(log_probs_T)
             with torch.no_grad():
-                reference_T[in_pair_T] = fused_token_log_probs(
-                    teachers[role].hidden_TH, teachers[role].head_VH, positions.labels_T[in_pair_T],
-                    **context.arguments(),
-                )
+                reference_T[in_pair_T] = teachers[role].token_log_probs(positions.labels_T[in_pair_T], context)
         better, worse = (self._answers(kind, log_probs_T, reference_T, batch) for kind in (self.better, self.worse))
         values_P, margins_P = self._values(better, worse)
         margins_P = margins_P.detach()

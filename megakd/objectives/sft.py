@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megakd.batch import Batch, Kind
 from megakd.losses import fused_token_log_probs
-from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, Term
+from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 
 if TYPE_CHECKING:
     from megakd.config_objectives import SftObjective
@@ -28,7 +28,7 @@ class Sft:
         self.requires = Requires(teachers=(), kinds=(self.kind,), teacher_kinds={})
 
     def loss(
-        self, student: RoleOutput, teachers: dict[str, RoleOutput], batch: Batch, context: LossContext
+        self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """One term `nll`."""
         return LossTerms((nll_term(answer_log_probs(student, batch, context, self.kind), weight=1.0, kind=self.kind),))

@@ -15,7 +15,7 @@ from megakd.batch import Kind, Step
 from megakd.mcore.grid import Grid
 from megakd.mcore.model import Model
 from megakd.mcore.step import forward_hidden
-from megakd.objectives.base import RoleOutput
+from megakd.objectives.base import RoleOutput, TeacherOutput
 from megakd.teacher.transport import exchange, route, travelling_rows
 
 
@@ -59,7 +59,9 @@ class OnlineTeacher:
         return [RoleOutput(hidden_TK, self.head_VK) for hidden_TK in hidden]
 
 
-def by_micro_batch(signals: dict[str, Sequence[RoleOutput] | None], micro_batches: int) -> list[dict[str, RoleOutput]]:
+def by_micro_batch(
+    signals: dict[str, Sequence[TeacherOutput] | None], micro_batches: int
+) -> list[dict[str, TeacherOutput]]:
     """Turns role -> micro-batches into micro-batch -> role (empty dictionaries off the student's last stage)."""
     return [{role: outputs[number] for role, outputs in signals.items() if outputs is not None}
             for number in range(micro_batches)]

@@ -51,8 +51,8 @@ def generating_stages(start: str) -> list[dict[str, Any]]:
         {"name": "answers", "model": start, **drawn},
         {"name": "teacher_answers", "role": "teacher", "model": "run:teacher", **drawn},
         {"name": "several", "model": start, **drawn, "n": 4, "keep": 3},
-        {"name": "score", "kind": "score", "model": "run:teacher", "rollouts": "several", "likelihood_weight": 0.5,
-         "max_length": 512, "chunk_tokens": 16},
+        {"name": "score", "kind": "score", "model": "run:teacher", "rollouts": "several", "chunk_tokens": 16,
+         "signal": {"kind": "preferences", "likelihood_weight": 0.5, "max_length": 512}},
     ]
 
 

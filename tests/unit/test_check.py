@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megakd import check, manifest
 from megakd.check import check_recipe
+from megakd.check_signals import signals_bytes
 from megakd.config import Recipe, dump, parse
 from megakd.errors import ConfigError, DataError, MegakdError, ModelError
 from megakd.provenance import stage_config, stage_inputs
@@ -276,6 +277,61 @@ def test_no_room_on_the_disk(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     message = refused(raw, tmp_path, ConfigError)
     assert re.search(r"4 models and 2 checkpoints need \d+\.\d MiB, and its disk has 1\.0 MiB free", message)
+
+
+def scoring(raw: dict[str, Any], **signal: Any) -> None:
+    """Adds a score stage of the pairs and the rollouts."""
+    raw["stages"].insert(3, {"name": "score", "kind": "score", "model": "run:teacher", "signal": signal,
+                             "answers": ["chosen", "rollout"], "rollouts": "generate"})
+
+
+@pytest.mark.parametrize(("signal", "size"), [
+    ({"kind": "hidden_states"}, 48 * 4), ({"kind": "token_log_probs"}, 4), ({"kind": "top_k", "k": 7}, 56)])
+def test_the_room_that_signals_take(raw, signal, size):
+    """For the rollouts at most: 10 prompts of 8 new tokens each."""
+    scoring(raw, **signal)
+    recipe = parse(raw)
+    tokenizer = check.tokenizer_of(recipe)
+    lengths = [tokenizer.encode([{"role": "user", "content": row["prompt"]}], row["chosen"], close=True)
+               for row in tiny_rows(10)]
+    positions = sum(len(tokens) - prompt for tokens, prompt in lengths) + 10 * 8
+    found = signals_bytes(recipe, tokenizer, lambda model: check.architecture_of(recipe, model))
+    assert found == {"score": positions * size}
+    finish(recipe, "score")
+    assert signals_bytes(recipe, tokenizer, lambda model: check.architecture_of(recipe, model)) == {}
+
+
+def test_no_room_for_signals(raw, tmp_path, monkeypatch):
+    scoring(raw, kind="hidden_states")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    message = refused(raw, tmp_path, ConfigError)
+    assert "4 models and 2 checkpoints and 1 stages of signals need" in message
+
+
+def test_signals_that_are_not_there_yet(raw, tmp_path):
+    """As when the training is to run alone before its score stage."""
+    scoring(raw, kind="hidden_states")
+    raw["stages"][3] |= {"answers": ["chosen", "rejected"], "rollouts": None}
+    cached = {**stage(raw, "dckd"), "name": "cached", "save_as": "cached", "signals": {"teacher": "score"}}
+    raw["stages"].insert(4, cached)
+    raw["teacher"]["model"] = raw["stages"][3]["model"] = raw["reference"]["model"]
+    recipe = parse(raw)
+    with pytest.raises(ConfigError) as caught:
+        stage_inputs(recipe, recipe.stages[4])
+    rule = "this, which it reads as signals.teacher, is not there. Run the stage that makes it, or correct the path"
+    assert str(caught.value) == f"stages.cached = '{tmp_path}/run/stages/score/signals': {rule}"
+
+
+def test_a_list_longer_than_the_vocabulary(raw, tmp_path):
+    scoring(raw, kind="top_k", k=VOCABULARY)
+    check_recipe(parse(raw), WORLD)
+    raw["stages"][3]["signal"]["k"] = VOCABULARY + 1
+    message = refused(raw, tmp_path, ConfigError)
+    assert message == f"stages.score.signal.k = {VOCABULARY + 1}: the vocabulary has {VOCABULARY} tokens. Lower it"
+    del raw["stages"][3]
+    stage(raw, "dckd")["objective"]["top_k"] = 1000
+    assert refused(raw, tmp_path, ConfigError).startswith("stages.dckd.objective.top_k = 1000: the vocabulary has")
 
 
 def finish(recipe: Recipe, name: str) -> None:

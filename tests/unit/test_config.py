@@ -215,7 +215,7 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(setting, field, near)
     ("zzz", "zzz", "there is no such setting", "name, output, device"),
     ("data.zzz", "data.zzz", "there is no such setting", "train, eval, train_rows"),
     ("stages.2.steps", "stages.answers.steps", "the kind 'generate' has no such setting", "name, kind, role, model"),
-    ("stages.1.objective.gamma", "stages.dckd.objective.gamma", "the kind 'dckd' has no such setting", "kind, alpha"),
+    ("stages.1.objective.gamma", "stages.dckd.objective.gamma", "the kind 'dckd' has no such setting", "kind, top_k"),
 ])
 def test_an_unknown_key_like_none_is_told_with_all(setting, field, rule, known):
     error = refused(changed(setting, 1))

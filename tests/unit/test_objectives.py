@@ -28,7 +28,7 @@ from megakd.config_objectives import (
     SimpoObjective,
 )
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext, RoleOutput
+from megakd.objectives.base import LossContext, RoleOutput, StoredListedLogProbs, StoredLogProbs, StoredTopK
 from tests.ranks import run_ranks, subgroup
 
 VOCAB, PADDED = 37, 40
@@ -38,6 +38,11 @@ CONFIGS = {
     "dpo": DpoObjective(beta=0.4, label_smoothing=0.1, sft_weight=0.3),
     "dckd": DckdObjective(alpha=0.7, sft_weight=1.3, temperature=1.7),
     "adpa": AdpaObjective(gamma=1.5, beta=0.8, sft_weight=0.6),
+    "dckd-top-k": DckdObjective(alpha=0.7, sft_weight=1.3, top_k=5),
+    "dckd-released": DckdObjective(alpha=0.7, top_k=5, released=True),
+    "adpa-top-k": AdpaObjective(gamma=1.5, beta=0.8, sft_weight=0.6, top_k=5),
+    "adpa-released": AdpaObjective(gamma=1.5, top_k=5, released=True),
+    "kd-top-k": KdObjective(weight=0.6, top_k=5),
     "seqkd": SftObjective(answers="teacher"),
     "kd": KdObjective(weight=0.6, temperature=1.7),
     "kd-on-policy": KdObjective(divergence="jsd", weight=0.9, beta=0.3, on_policy=0.5),
@@ -167,12 +172,50 @@ def pad_values(config, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return total
 
 
+def bucketed(log_probs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Probabilities of the listed tokens, and of all the others together."""
+    listed = np.take_along_axis(np.exp(log_probs), ids, -1)
+    return np.concatenate([listed, 1 - listed.sum(-1, keepdims=True)], -1)
+
+
+def listed_divergence(config, log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`token_divergence` of the teacher's likeliest tokens and the rest, with the released code's limits on request."""
+    ids = np.argsort(-log_p, axis=-1, kind="stable")[:, : config.top_k]
+    p, q = bucketed(log_p, ids), bucketed(log_q, ids)
+    free = np.ones_like(q)
+    if config.released:
+        p, free, q = np.clip(p, 1e-8, 1 - 1e-8), q >= 1e-7, np.maximum(q, 1e-7)
+    # d value / d log bucket, and d log bucket / d logits: 1[in the bucket] q_a / bucket - q_a.
+    weight = -p * free
+    share = np.tile(weight[:, -1:] / q[:, -1:], log_q.shape[1]) * np.exp(log_q)
+    np.put_along_axis(share, ids, weight[:, :-1], -1)
+    return (p * np.log(p / q)).sum(-1), share - weight.sum(-1, keepdims=True) * np.exp(log_q)
+
+
+def listed_advantage(config, log_p: np.ndarray, log_r: np.ndarray) -> np.ndarray:
+    """Advantages [T, V]: of the teacher's likeliest tokens, 0 elsewhere; as the released code has them on request."""
+    ids = np.argsort(-log_p, axis=-1, kind="stable")[:, : config.top_k]
+    advantage = np.zeros_like(log_p)
+    if not config.released:
+        values = config.beta * np.take_along_axis(log_p - log_r, ids, -1)
+        np.put_along_axis(advantage, ids, values, -1)
+        return advantage
+    for row, (row_p, row_r) in enumerate(zip(np.exp(log_p), np.exp(log_r), strict=True)):
+        others = set(np.argsort(-row_r, kind="stable")[: config.top_k].tolist())
+        for token in ids[row].tolist():
+            floor = row_r[token] if token in others else row_p[ids[row]].min()
+            advantage[row, token] = np.log(max(row_p[token], 1e-7) / max(floor, 1e-7))
+    return np.clip(advantage, 1e-8, 1 - 1e-8)
+
+
 def token_divergence(config, log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values and gradients by the logits (over the temperature) of each token."""
+    if config.top_k is not None:
+        return listed_divergence(config, log_p, log_q)
     p, q = np.exp(log_p), np.exp(log_q)
     forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
     d_forward, d_reverse = q - p, q * (log_q - log_p - reverse[:, None])
-    if config.divergence == "forward_kl":
+    if config.kind == "dckd" or config.divergence == "forward_kl":
         return forward, d_forward
     if config.divergence == "reverse_kl":
         return reverse, d_reverse
@@ -296,13 +339,17 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
             backward(sample, number, config.weight / sum(counts.values()) * slope / tau)
         if kind_of == "dckd":
             log_q, log_p = log_probs("student", sample, number, tau), log_probs(config.teacher, sample, number, tau)
-            p, q = np.exp(log_p), np.exp(log_q)
-            add(f"kl_{sample.kind.name.lower()}", (p * (log_p - log_q)).sum() / counts[sample.kind])
-            backward(sample, number, config.alpha / counts[sample.kind] * (q - p) / tau)
+            value, slope = token_divergence(config, log_p, log_q)
+            add(f"kl_{sample.kind.name.lower()}", value.sum() / counts[sample.kind])
+            backward(sample, number, config.alpha / counts[sample.kind] * slope / tau)
         if kind_of == "adpa" and sample.kind == Kind.ROLLOUT:
             other = log_probs("reference", sample, number) if config.reference else -np.log(VOCAB)
-            a = config.beta * (log_probs("teacher", sample, number) - other)
-            q = np.exp(log_q)
+            log_p, q = log_probs("teacher", sample, number), np.exp(log_q)
+            a = config.beta * (log_p - other)
+            if config.top_k is not None:
+                a = listed_advantage(config, log_p, other)
+                add("top_k_mass", bucketed(log_q, np.argsort(-log_p, axis=-1)[:, : config.top_k])[:, :-1].sum()
+                    / counts[Kind.ROLLOUT])
             mean = (q * a).sum(-1, keepdims=True)
             add("expected_advantage", mean.sum() / counts[Kind.ROLLOUT])
             backward(sample, number, -config.gamma / counts[Kind.ROLLOUT] * q * (a - mean))
@@ -325,7 +372,7 @@ def naive(name: str) -> tuple[float, dict[str, float], np.ndarray, np.ndarray]:
         means |= reported
         for slope, (sample, number) in zip(slopes, own, strict=True):
             backward(sample, number, slope * (one_hot(sample) - np.exp(log_probs("student", sample, number))))
-    weights = {"nll": sft_weight, "reward_accuracy": 0.0, "reward_margin": 0.0, "best_agreed": 0.0}
+    weights = {"nll": sft_weight, "top_k_mass": 0.0, "reward_accuracy": 0.0, "reward_margin": 0.0, "best_agreed": 0.0}
     weights |= dict.fromkeys(("dpo", "ipo", "cpo", "simpo", "dpkd", "pad"), 1.0)
     if kind_of == "dpkd_token":
         weights |= {"dpkd_token": config.weight}
@@ -451,11 +498,55 @@ def test_a_micro_batch_without_a_term_keeps_its_graph(name):
         assert hidden.grad.isfinite().all() and hidden.grad.any() and head.grad.isfinite().all()
 
 
-def test_objectives_say_what_they_need():
+@pytest.mark.parametrize("name", CONFIGS)
+def test_objectives_say_what_they_need(name):
+    requires, config = build_objective(CONFIGS[name]).requires, CONFIGS[name]
+    assert requires.teachers == config.roles == tuple(requires.teacher_kinds)
+    taken = (*requires.kinds, Kind.ROLLOUT) if requires.on_policy > 0 else requires.kinds
+    for kinds in requires.teacher_kinds.values():
+        assert set(kinds) <= set(taken)
+        assert tuple(kind.name.lower() for kind in kinds) == config.scored
+
+
+def test_roles_of_the_objectives():
     teachers = {"sft": (), "dpo": ("reference",), "dckd": ("teacher",), "adpa": ("teacher", "reference"),
                 "adpa-no-reference": ("teacher",), "dckd-reference": ("reference",), "kd": ("teacher",), "simpo": (),
                 "dpkd": ("teacher",), "dpkd-cpo": (), "pad-jsd": (), "seqkd": ()}
-    for name, roles in teachers.items():
-        requires = build_objective(CONFIGS[name]).requires
-        assert requires.teachers == roles == CONFIGS[name].roles == tuple(requires.teacher_kinds)
-        assert all(set(kinds) <= set(requires.kinds) for kinds in requires.teacher_kinds.values())
+    assert {name: CONFIGS[name].roles for name in teachers} == teachers
+
+
+# ----------------------------------------------------------------------------------------------------- stored outputs
+@pytest.mark.parametrize("name", ["dpo", "ipo-mean", "dpkd", "dckd-top-k", "kd-top-k", "adpa-top-k", "adpa-released"])
+def test_what_is_stored_of_a_role_gives_the_same_as_its_hidden_states(name):
+    """A list of 9 tokens is stored where the objective takes 5."""
+    objective, groups = build_objective(CONFIGS[name]), make_groups(name)
+    batch = collate(groups, number_samples(groups), pad_id=0)
+    positions = batch.positions
+    context = LossContext(None, VOCAB, 7, batch.counts())
+
+    def outputs(stored: bool):
+        found = {}
+        models = {role: [torch.tensor(tensor) for tensor in tensors] for role, tensors in make_models().items()}
+        hidden = models["student"][0].requires_grad_()
+        student = RoleOutput(hidden[batch.sample_ids_B[positions.rows_T], columns_of(batch)], models["student"][1])
+        for role, kinds in objective.requires.teacher_kinds.items():
+            wanted_T = torch.isin(positions.kinds_T, torch.tensor([int(kind) for kind in kinds]))
+            rows = models[role][0][batch.sample_ids_B[positions.rows_T[wanted_T]], columns_of(batch)[wanted_T]]
+            found[role] = output = RoleOutput(rows, models[role][1])
+            if stored and "token_log_probs" in CONFIGS[name].signal_kinds:
+                found[role] = StoredLogProbs(output.token_log_probs(positions.labels_T[wanted_T], context))
+            elif stored and role == "reference" and not CONFIGS[name].released:
+                ids = found["teacher"].top_k(9, context).ids_TK
+                found[role] = StoredListedLogProbs(output.log_probs_at(ids, context))
+            elif stored:
+                found[role] = StoredTopK(output.top_k(9, context))
+        return hidden, objective.loss(student, found, batch, context)
+
+    results = []
+    for stored in (False, True):
+        hidden, terms = outputs(stored)
+        loss = sum(term.values_N.sum() * term.weight for term in terms.terms) if terms.loss is None else terms.loss
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        results.append((loss.detach(), gradient))
+    assert objective.requires.teachers
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
