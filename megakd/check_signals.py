@@ -57,7 +57,7 @@ def _positions(
 ) -> int:
     """Loss positions of a kind of answers."""
     data = recipe.data
-    rows = read_rows(data.train, data.train_rows, recipe.seed)
+    rows = read_rows(data.train, data.train_rows, recipe.seed, data.answer)
     if kind in MAKER_OF:
         maker = stages[getattr(stage, MAKER_OF[kind])]
         return len(rows) * maker.answers * maker.max_new_tokens

@@ -55,8 +55,9 @@ METRIC_TEXTS = {
     "exact_match": MetricText("Exact match", "share of the answers that are the row's words", +1),
     "exact_match_seed_error": MetricText("Exact match, error over seeds", "standard error of the seeds' means", 0),
     **{
-        f"{name}_words_{length}": MetricText(f"{label}, references of {words} words", "", +1)
-        for name, label in (("rouge_l", "ROUGE-L"), ("exact_match", "Exact match"))
+        f"{name}_words_{length}": MetricText(f"{label}, references of {words} words", "", better)
+        for name, label, better in (("rouge_l", "ROUGE-L", +1), ("exact_match", "Exact match", +1),
+                                    ("references", "Prompts", 0))
         for length, words in (("1_30", "1 to 30"), ("31_70", "31 to 70"), ("71_up", "more than 70"))
     },
     "answer_tokens": MetricText("Length of an answer", "tokens, mean", 0),

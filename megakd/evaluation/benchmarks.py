@@ -50,8 +50,7 @@ def answer_questions(run: Run, stage: AnswersStage) -> tuple[int, dict[str, dict
     questions = check_questions(stage, run.tokenizer, run.recipe.data.max_length)
     total, metrics = 0, {}
     for label, name in stage.models.items():
-        model = freeze(run.load_model("student", name))
-        answers = _conversations(run, stage, model, questions)
+        answers = _conversations(run, stage, freeze(run.load_model("student", name)), questions)
         turns = [turn for own in answers for turn in own]
         tokens = sum(turn.tokens for turn in turns)
         file = Path("model_outputs", f"{label}.json") if stage.format == "alpaca_eval" else Path(

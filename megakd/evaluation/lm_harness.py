@@ -72,6 +72,9 @@ def main(arguments: Sequence[str]) -> None:
     from lm_eval.tasks import TaskManager
 
     settings = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    manager = TaskManager(include_path=settings["include_path"], include_defaults=False)
+    if not set(settings["tasks"]) <= set(manager.all_tasks):  # lm-eval's own 14,000 take ten seconds to look through
+        manager = TaskManager(include_path=settings["include_path"])
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": settings["model"], "dtype": settings["dtype"]},
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=settings["batch_size"],
         device=settings["device"],
         apply_chat_template=settings["chat_template"],
-        task_manager=TaskManager(include_path=settings["include_path"]),
+        task_manager=manager,
         log_samples=False,
         random_seed=settings["seed"],
         numpy_random_seed=settings["seed"],

@@ -28,7 +28,7 @@ class Question:
     @property
     def name(self) -> str:
         """What its noise is seeded by: its id, or its line in the file."""
-        return f"question:{self.place.line if self.identity is None else self.identity}"
+        return f"line:{self.place.line}" if self.identity is None else f"question:{self.identity}"
 
     def prompt(self, answers: Sequence[str]) -> list[Message]:
         """The conversation up to the turn that comes after `answers`."""

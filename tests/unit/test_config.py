@@ -213,7 +213,7 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(setting, field, near)
 
 @pytest.mark.parametrize("setting, field, rule, known", [
     ("zzz", "zzz", "there is no such setting", "name, output, device"),
-    ("data.zzz", "data.zzz", "there is no such setting", "train, eval, train_rows"),
+    ("data.zzz", "data.zzz", "there is no such setting", "train, eval, text"),
     ("stages.2.steps", "stages.answers.steps", "the kind 'generate' has no such setting", "name, kind, role, model"),
     ("stages.1.objective.gamma", "stages.dckd.objective.gamma", "the kind 'dckd' has no such setting", "kind, top_k"),
 ])

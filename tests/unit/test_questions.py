@@ -41,7 +41,7 @@ def test_the_forms_that_questions_come_in(tmp_path):
     assert len({question.name for question in (first, second, third, fourth)}) == 4
     # AlpacaEval's have no ids: the line names them.
     plain = read_questions(stage(tmp_path, [{"instruction": "five"}, {"prompt": USER}], "alpaca_eval"))
-    assert [question.name for question in plain] == ["question:1", "question:2"]
+    assert [question.name for question in plain] == ["line:1", "line:2"]
     assert [question.turns for question in plain] == [("five",), ("q",)]
 
 

@@ -187,7 +187,7 @@ def test_non_finite_weights_are_named():
 
 def test_logits_of_a_bfloat16_model_are_not_rounded():
     hidden_BH, head_VH = torch.randn(3, 64).bfloat16(), torch.randn(40, 64).bfloat16()
-    logits_BV = engine._logits(hidden_BH, head_VH)
+    logits_BV = engine.logits(hidden_BH, head_VH)
     assert logits_BV.dtype == torch.float32
     torch.testing.assert_close(logits_BV.double(), hidden_BH.double() @ head_VH.double().T, atol=1e-5, rtol=1e-5)
 
