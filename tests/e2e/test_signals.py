@@ -25,7 +25,7 @@ from megakd.objectives import build_objective
 from megakd.provenance import stage_config, stage_inputs
 from megakd.run import Run
 from megakd.teacher import cached
-from megakd.train import training_groups
+from megakd.train import generated_before, training_groups
 from tests.e2e.test_chain import curve, run
 from tests.recipes import tiny_recipe, write_recipe
 
@@ -149,7 +149,7 @@ def problem(finished, name: str, role: str) -> str | None:
     run = Run(load(recipe), World(0, 1, torch.device("cpu")))
     training = next(stage for stage in run.recipe.stages if stage.name == name)
     objective = build_objective(training.objective)
-    groups = training_groups(run, training, objective)
+    groups = training_groups(run, objective.requires, generated_before(run, training))
     return cached.find_problem(run, training, role, objective.requires.teacher_kinds[role], groups)
 
 
