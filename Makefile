@@ -30,11 +30,12 @@ quickstart: models
 	$(BIN)/megakd run examples/quickstart/recipe.yaml
 
 # The tests of one process run two at a time. Those of several ranks do not: ranks that wait for each other take the cores.
+ONE_PROCESS := tests/unit tests/e2e/test_examples.py tests/e2e/test_compare.py tests/e2e/test_train_settings.py
 test: export MEGAKD_TEST_MODEL = $(abspath $(MODELS))/reference
 test: export OMP_NUM_THREADS = 1
 test: models
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -q -rs --ignore tests/unit tests
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile $(ONE_PROCESS)
+	$(BIN)/python -m pytest -q -rs $(addprefix --ignore ,$(ONE_PROCESS)) tests
 
 check: venv
 	$(BIN)/ruff check .

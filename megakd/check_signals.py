@@ -63,7 +63,7 @@ def _positions(
         return len(rows) * maker.answers * maker.max_new_tokens
     groups = preference_groups(rows, tokenizer, (Kind[kind.upper()],), max_length=data.max_length,
                                too_long=data.too_long)
-    return sum(len(sample.tokens) - sample.prompt_length for group in groups for sample in group.samples)
+    return sum(sample.response_length for group in groups for sample in group.samples)
 
 
 def _position_bytes(

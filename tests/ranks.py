@@ -87,7 +87,11 @@ def subgroup(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def close_pools() -> None:
-    """Ends all pools; the session fixture in conftest.py calls it."""
+    """Ends all pools; the session fixture in conftest.py calls it.
+
+    So do those of tests/mcore and tests/e2e: a grid has over a dozen process groups, and gloo has a thread for each
+    that wakes up a hundred times a second as long as the pool lives.
+    """
     while _pools:
         _pools.popitem()[1].close()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from megakd.check import check_recipe
@@ -15,6 +17,7 @@ from megakd.config import load
 from megakd.mcore import runtime
 from megakd.pipeline import run_stages
 from tests.hf_models import architecture, random_tensors, write_model
+from tests.ranks import run_ranks
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 CONTEXT = 128
@@ -110,12 +113,18 @@ def tiny_recipe(folder: Path, *, context: int = CONTEXT) -> dict[str, Any]:
     }
 
 
-def run_here(recipe: Path, *overrides: str, only: Sequence[str] = ()) -> None:
+def run_here(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """Runs a recipe as `megakd run` does, on the ranks of a pool (`tests.ranks.run_ranks`)."""
     loaded = load(recipe, overrides)
     world = runtime.adopt(torch.device(loaded.device))
-    check_recipe(loaded, world.size)
-    run_stages(loaded, world, only)
+    check_recipe(loaded, world.size, redo)
+    dist.barrier()  # no rank may write before all have checked
+    run_stages(loaded, world, only, redo)
+
+
+def run_in_pool(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
+    """Runs a recipe of two ranks in a pool, which starts in no time."""
+    run_ranks(2, partial(run_here, only=only, redo=redo), recipe, *overrides, timeout=600)
 
 
 def stage(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def planned_entries(run: Run, stage: ScoreStage, groups: Sequence[Group]) -> Ite
                 if step.sample_ids[number].start >= wanted:
                     continue
                 for name, sample in named_samples(step.groups[number]):
-                    rows = len(sample.tokens) - sample.prompt_length
+                    rows = sample.response_length
                     yield Entry(name, tokens_hash(sample), shard, ends[shard], rows)
                     ends[shard] += rows
 

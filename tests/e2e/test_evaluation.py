@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megakd.data.tokenizers import load_tokenizer
 from tests.e2e.test_chain import run, start
-from tests.recipes import SIZES, tiny_recipe, tiny_rows, write_recipe, write_rows, write_tiny_model
+from tests.recipes import SIZES, run_in_pool, tiny_recipe, tiny_rows, write_recipe, write_rows, write_tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
 PROMPTS, NEW_TOKENS = 6, 8
@@ -180,7 +180,7 @@ def test_a_draw_depends_on_seed_and_row_alone(finished, tmp_path):
     other["student"]["parallel"] = {"tensor": 1}
     other["stages"] = raw["stages"][:3]
     other["stages"][2] = raw["stages"][2] | {"prompts": 1, "sampling": {"seeds": [20]}}
-    run(write_recipe(tmp_path, other))
+    run_in_pool(write_recipe(tmp_path, other))
     ours, theirs = (json.loads((Path(each["output"]) / "summary.json").read_text()) for each in (raw, other))
     for label in ("start", "final", "start_t1", "final_t1"):
         assert {name: ours[label][name] for name in theirs[label]} == pytest.approx(theirs[label], rel=1e-4, abs=1e-6)

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from megakd.data.readers import PreferenceRow, read_preferences
 from megakd.data.tokenizers import load_tokenizer
 from megakd.evaluation.preferences import REQUEST, letter_ids
-from tests.e2e.test_chain import run
-from tests.recipes import tiny_recipe, write_recipe, write_rows, write_tiny_model
-from tests.tiny_tokenizer import PLAIN
+from tests.recipes import run_in_pool, tiny_recipe, write_recipe, write_rows, write_tiny_model
+from tests.tiny_tokenizer import PLAIN, write_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft"}},
@@ -76,7 +75,7 @@ def finished(tmp_path_factory) -> Path:
     raw["stages"] = [
         raw["stages"][0], *generating_stages(start), *(training_stage(name, start) for name in METHODS)
     ]
-    run(write_recipe(folder, raw))
+    run_in_pool(write_recipe(folder, raw))
     return Path(raw["output"])
 
 
@@ -142,15 +141,19 @@ def test_scores_are_those_of_transformers(finished):
 
 
 def test_a_pad_teacher_with_another_tokenizer(tmp_path):
-    """It reads texts: its vocabulary, template and context are its own."""
+    """It reads texts: its vocabulary, merges, template and context are its own."""
     raw = tiny_recipe(tmp_path)
     start = raw["student"]["model"]
-    # 6 more tokens than the student's, written by another template.
-    foreign = write_tiny_model(tmp_path / "foreign", seed=3, template=PLAIN, vocab_size=417, max_positions=512)
+    foreign = write_tiny_model(tmp_path / "foreign", seed=3, vocab_size=640, max_positions=512)
+    # Words behind blanks and bytes where there is no word, in place of bytes; another template.
+    write_tokenizer(foreign, template=PLAIN, metaspace=True)
+    ours, theirs = load_tokenizer(Path(start)), load_tokenizer(foreign)
+    text = "There are 12 boats."
+    assert ours.encode_text(text) != theirs.encode_text(text) and ours.vocab_size != theirs.vocab_size
     raw["teacher"]["model"] = str(foreign)
     several, score = generating_stages(start)[2:]
     score["model"] = str(foreign)
     raw["stages"] = [several, score, training_stage("pad", start)]
-    run(write_recipe(tmp_path, raw))
+    run_in_pool(write_recipe(tmp_path, raw))
     manifest = json.loads((Path(raw["output"]) / "stages" / "pad" / "manifest.json").read_text())
     assert math.isfinite(manifest["metrics"]["pad"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.e2e.test_chain import curve, kill_all, run, start, weights
-from tests.recipes import tiny_recipe, write_recipe
+from tests.recipes import run_in_pool, tiny_recipe, write_recipe
 
 STAGES = {
     "minillm": {"objective": {"kind": "minillm"},
@@ -30,14 +30,15 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
         for name, settings in STAGES.items()
     ]
     recipe = write_recipe(folder, raw)
-    run(recipe)
+    run_in_pool(recipe)
     return recipe, Path(raw["output"])
 
 
 def test_another_layout_draws_and_learns_the_same(finished, tmp_path):
     recipe, folder = finished
-    run(recipe, f"output={tmp_path / 'other'}", "student.parallel.tensor=1", "teacher.parallel.tensor=2",
-        "teacher.parallel.pipeline=1", "teacher.parallel.pad_heads=true")
+    layout = ("student.parallel.tensor=1", "teacher.parallel.tensor=2", "teacher.parallel.pipeline=1",
+              "teacher.parallel.pad_heads=true")
+    run_in_pool(recipe, f"output={tmp_path / 'other'}", *layout)
     for name in STAGES:
         assert curve(tmp_path / "other", name) == pytest.approx(curve(folder, name), rel=1e-3)
 

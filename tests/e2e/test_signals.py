@@ -26,8 +26,8 @@ from megakd.provenance import stage_config, stage_inputs
 from megakd.run import Run
 from megakd.teacher import cached
 from megakd.train import generated_before, training_groups
-from tests.e2e.test_chain import curve, run
-from tests.recipes import tiny_recipe, write_recipe
+from tests.e2e.test_chain import curve
+from tests.recipes import run_in_pool, tiny_recipe, write_recipe
 
 ANSWERED = {"answers": ["rollout"], "rollouts": "answers"}
 BOTH = {"answers": ["teacher_answer", "rollout"], "rollouts": "answers", "teacher_answers": "teacher_answers"}
@@ -84,7 +84,7 @@ def finished(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     raw = tiny_recipe(folder)
     raw["stages"] = [raw["stages"][0], *stages(raw["student"]["model"], raw["reference"]["model"])]
     recipe = write_recipe(folder, raw)
-    run(recipe)
+    run_in_pool(recipe)
     return raw, recipe
 
 
@@ -216,8 +216,7 @@ def test_another_layout_and_micro_batch_read_the_same(finished):
     raw, recipe = finished
     folder, names = Path(raw["output"]), ("dckd", "adpa_listed", "adpa_released")
     right = {name: curve(folder, name) for name in names}
-    again = [part for name in names for part in ("--redo", name, "--stage", name)]
-    run(recipe, "student.parallel={}", "student.micro_batch=1", *again)
+    run_in_pool(recipe, "student.parallel={}", "student.micro_batch=1", only=names, redo=names)
     for name in names:
         manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
         assert manifest["layout"]["student"]["data"] == 2
@@ -236,8 +235,8 @@ def test_a_killed_stage_begins_anew_and_another_layout_writes_the_same(finished)
     (stages / "listed" / "signals").rename(stages / "listed" / "signals.partial")
     (stages / "listed" / "signals.partial" / "shard-00007.safetensors").write_bytes(b"half")
     cut = "parallel={tensor: 2, pad_heads: true}"
-    again = [part for name in (*names, "adpa_listed") for part in ("--stage", name)]
-    run(recipe, f"teacher.{cut}", f"reference.{cut}", "teacher.micro_batch=4", "--redo", "adpa_listed", *again)
+    run_in_pool(recipe, f"teacher.{cut}", f"reference.{cut}", "teacher.micro_batch=4", redo=["adpa_listed"],
+                only=(*names, "adpa_listed"))
     for name in names:
         found = everything_in(folder, name)
         assert found.keys() == right[name].keys()

@@ -32,7 +32,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ,
                                 reason="MEGAKD_TEST_MODEL names no model directory")
 
-ROWS, PROMPTS, MICRO_BATCH, SLOTS = 64, 32, 8, 20
+ROWS, PROMPTS, MICRO_BATCH, SLOTS = 32, 16, 8, 10
 DATA = Path(__file__).parents[2] / "examples" / "data" / "instructions.jsonl"
 LAYOUTS = {"tp1": Parallel(), "tp2 pp2": Parallel(tensor=2, pipeline=2, pad_heads=True)}
 """One process and everything at once; those between are tested on tiny models (test_gradients.py, test_rollout.py)."""
@@ -53,7 +53,7 @@ def tokenizer(directory):
 
 @pytest.fixture(scope="module")
 def groups(tokenizer) -> tuple[Group, ...]:
-    """The chosen answers of 64 rows: the shortest, for the time's sake."""
+    """The chosen answers of 32 rows: the shortest, for the time's sake."""
     rows = read_rows((DATA,), None, seed=1, answer="chosen")
     everything = preference_groups(rows, tokenizer, (Kind.CHOSEN,), max_length=512, too_long="error")
     return tuple(sorted(everything, key=lambda group: group.total_length)[:ROWS])
@@ -61,7 +61,7 @@ def groups(tokenizer) -> tuple[Group, ...]:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[Prompt]:
-    """32 prompts."""
+    """16 prompts."""
     rows = read_rows((DATA,), PROMPTS, seed=2, answer="chosen")
     return [Prompt(number, tuple(tokenizer.encode(row.prompt, None, close=False)[0]))
             for number, row in enumerate(rows)]

@@ -1,0 +1,11 @@
+"""A test's ranks end with it: the process groups of many grids would take the cores (tests/ranks.py)."""
+
+import pytest
+
+from tests import ranks
+
+
+@pytest.fixture(scope="function", autouse=True)
+def _no_groups_are_left():
+    yield
+    ranks.close_pools()
