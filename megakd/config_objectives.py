@@ -200,7 +200,18 @@ class AdpaObjective(ListedTokens):
         return ("rollout",)
 
 
-class DpkdObjective(ObjectiveSection):
+class LanguageModelling(ObjectiveSection):
+    """Settings of the objectives whose likelihood term may be on text; each has a `lm_weight` of its own."""
+
+    lm_on: Literal["chosen", "text"] = "chosen"
+    """What the likelihood term is on: the chosen answers, or the pre-training text of `data.text`."""
+
+    @property
+    def reads_text(self) -> bool:
+        return self.lm_on == "text" and self.lm_weight > 0
+
+
+class DpkdObjective(LanguageModelling):
     """Direct preference distillation: the teacher's answer against the student's, the teacher as reference."""
 
     teachers: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -217,12 +228,6 @@ class DpkdObjective(ObjectiveSection):
     """simpo: margin, not divided by beta."""
     lm_weight: float = Field(0.5, ge=0)
     """The paper's lambda: weight of the negative log-likelihood of `lm_on`."""
-    lm_on: Literal["chosen", "text"] = "chosen"
-    """The chosen answers, or the pre-training text of `data.text`."""
-
-    @property
-    def reads_text(self) -> bool:
-        return self.lm_on == "text" and self.lm_weight > 0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -267,7 +272,7 @@ class DpkdTokenObjective(ObjectiveSection):
         return ("teacher_answers",) if self.answers == "teacher" else ()
 
 
-class MiniLlmObjective(ObjectiveSection):
+class MiniLlmObjective(LanguageModelling):
     """Reverse KL on the student's own answers by policy gradient, with the paper's three devices against its variance.
 
     Of the stage's `online` answers: `teacher_mix` is the paper's alpha, 0.2; `passes` the released code's 4.
@@ -291,12 +296,6 @@ class MiniLlmObjective(ObjectiveSection):
     """Weight of the exact reverse KL of each next token."""
     lm_weight: float = Field(1.0, ge=0)
     """Weight of the negative log-likelihood of `lm_on`."""
-    lm_on: Literal["chosen", "text"] = "chosen"
-    """The chosen answers, or the pre-training text of `data.text`, as in the paper."""
-
-    @property
-    def reads_text(self) -> bool:
-        return self.lm_on == "text" and self.lm_weight > 0
 
     @property
     def scored(self) -> tuple[str, ...]:

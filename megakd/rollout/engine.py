@@ -154,7 +154,7 @@ def _check(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sampling, slot
 
 
 @dataclass
-class _Row:
+class Row:
     """A response in the making."""
 
     prompt: Prompt
@@ -179,11 +179,11 @@ class _Run:
         # memory shows at once.
         longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
         self.queue = deque(
-            _Row(prompt, index, min(sampling.max_new_tokens, decoder.context_length - len(prompt.tokens)))
+            Row(prompt, index, min(sampling.max_new_tokens, decoder.context_length - len(prompt.tokens)))
             for prompt in longest_first for index in range(sampling.n))
         self.slots = min(slots, len(self.queue))
         self.cache = decoder.new_cache(self.slots, max(len(row.prompt.tokens) + row.limit for row in self.queue))
-        self.rows: list[_Row | None] = []  # None: finished, its slot is free
+        self.rows: list[Row | None] = []  # None: finished, its slot is free
         self.finished: dict[tuple[int, int], Rollout] = {}
         self.generated = 0
 
@@ -210,7 +210,7 @@ class _Run:
     def _free_slots(self) -> list[int]:
         return [slot for slot in range(self.slots) if slot >= len(self.rows) or self.rows[slot] is None]
 
-    def _prefill(self, newcomers: list[tuple[int, _Row]]) -> None:
+    def _prefill(self, newcomers: list[tuple[int, Row]]) -> None:
         """Reads prompts into the cache and generates the first token of each newcomer; a prompt with several newcomers
         is read once."""
         self.rows.extend([None] * (max(slot for slot, _ in newcomers) + 1 - len(self.rows)))
@@ -255,7 +255,7 @@ class _Run:
         for slot, token, log_prob in zip(receivers, *drawn_2B.tolist(), strict=True):
             self._receive(slot, int(token), log_prob)
 
-    def _sample(self, hidden_BH: Tensor, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+    def _sample(self, hidden_BH: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """tokens_B and log_probs_B of the rows' next tokens."""
         ids_B, indices_B, steps_B = torch.tensor(
             [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=hidden_BH.device).unbind(1)
@@ -286,9 +286,9 @@ def logits(hidden_BH: Tensor, head_VH: Tensor) -> Tensor:
     return hidden_BH.float() @ head_VH.float().T
 
 
-def _prefill_batches(newcomers: list[tuple[int, _Row]]) -> list[list[tuple[int, _Row]]]:
+def _prefill_batches(newcomers: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
     """Cuts newcomers, longest prompt first, into batches of at most PREFILL_TOKENS; each prompt counts once a batch."""
-    batches: list[list[tuple[int, _Row]]] = []
+    batches: list[list[tuple[int, Row]]] = []
     for slot, row in newcomers:
         if batches:
             width = len(batches[-1][0][1].prompt.tokens)

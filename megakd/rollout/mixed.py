@@ -13,7 +13,7 @@ Legend: R rows of a round, B rows of one replica in a forward pass, S tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megakd.errors import ModelError
 from megakd.mcore.model import Model, PipelineDecoder, evaluating
-from megakd.rollout.engine import Prompt, Rollout, logits
+from megakd.rollout.engine import Prompt, Rollout, Row, logits
 from megakd.rollout.sampling import Sampling, noise_keys, sample, uniform
 
 STUDENT, TEACHER, COIN = 0, 1, 2
@@ -29,15 +29,9 @@ STUDENT, TEACHER, COIN = 0, 1, 2
 
 
 @dataclass
-class _Row:
-    """A response in the making; every rank has all of them."""
+class _Row(Row):
+    """A response in the making; every rank has all of them. Log-probabilities are NaN where the teacher drew."""
 
-    prompt: Prompt
-    index: int
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    """The student's, of those that it drew; NaN of the teacher's."""
     done: bool = False
 
 
@@ -83,7 +77,7 @@ class _Side:
         """Tokens and positions [B, S] to read, and the column [B] of each row's last."""
         if rows[0].tokens:
             tokens_BS = torch.tensor([row.tokens[-1:] for row in rows])
-            positions_BS = torch.tensor([[len(row.prompt.tokens) + len(row.tokens) - 1] for row in rows])
+            positions_BS = torch.tensor([[row.position] for row in rows])
             return tokens_BS, positions_BS, torch.zeros(len(rows), dtype=torch.int64)
         lengths = [len(row.prompt.tokens) for row in rows]
         tokens_BS = torch.full((len(rows), max(lengths)), self.pad_id)
