@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -17,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from megakd.disk import atomic_writer
 from megakd.errors import ConfigError, DataError
 
 METRICS = "metrics.jsonl"
@@ -186,6 +186,5 @@ def cut_metrics(path: Path | str, first_step: int) -> None:
     kept = b"".join(json.dumps(line).encode() + b"\n" for line in read_metrics(path) if line["step"] < first_step)
     if kept == path.read_bytes():
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(kept)
-    os.replace(partial, path)
+    with atomic_writer(path) as stream:
+        stream.write(kept)

@@ -1,7 +1,4 @@
-"""What a stage leaves on disk: complete or not at all, with a note of what it was made from. Imports no torch.
-
-One job at a time owns a run folder: what a killed one left half-written (`*.partial-*`) is removed by the next writer.
-"""
+"""What a finished stage was made from, and whether that is still what a recipe asks for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +6,15 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megakd
-from megakd.disk import sync
+from megakd.disk import write_json_atomic
 from megakd.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -61,76 +55,6 @@ def hash_path(path: Path | str) -> str:
                 file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- complete or absent
-def write_json_atomic(path: Path | str, value: Any) -> None:
-    """`write_text_atomic` of readable JSON."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text_atomic(path: Path | str, text: str) -> None:
-    """Writes UTF-8 beside `path`, flushes it to the disk and renames it: readers see the old or the new file."""
-    path = Path(path)
-    _remove_leftovers(path)
-    partial = _partial(path)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-@contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """A new directory `path.partial-...` to write into; it becomes `path`, in place of an older one, when complete.
-
-    After an error, or when the process is killed, `path` is what it was before (or absent, if killed just between the
-    two renames that put the new one in the place of an older one): never half of something.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    partial = _partial(path)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            # A directory cannot be renamed over a full one: the old one steps aside for an instant.
-            old = _partial(path)
-            os.rename(path, old)
-            os.rename(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(path.parent)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _remove_leftovers(path: Path) -> None:
-    prefix = path.name + ".partial-"
-    if not path.parent.is_dir():
-        return
-    for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
 
 
 def require_room(path: Path | str, needed: int, what: str) -> None:

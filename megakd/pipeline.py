@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megakd.comm import broadcast_json
 from megakd.config import Recipe, dump
 from megakd.config_stages import AnyStage
+from megakd.disk import write_text_atomic
 from megakd.errors import MegakdError
-from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions, write_text_atomic
+from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions
 from megakd.mcore import runtime
 from megakd.mcore.runtime import World
 from megakd.provenance import stage_config, stage_inputs

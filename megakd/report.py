@@ -16,10 +16,11 @@ from typing import Any
 
 import yaml
 
+from megakd.disk import write_text_atomic
 from megakd.errors import ConfigError, DataError
 from megakd.layout import Layout
 from megakd.log import METRICS, read_metrics
-from megakd.manifest import Manifest, write_text_atomic
+from megakd.manifest import Manifest
 
 _BOOKKEEPING = {"step", "tokens", "seconds", "non_finite"}
 _OPEN_SAMPLES = 6

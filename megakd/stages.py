@@ -17,9 +17,9 @@ from megakd.config_stages import AnyStage, ExportStage, GenerateStage, ReportSta
 from megakd.data import artefacts
 from megakd.data.dataset import KeyedPrompt, left_out, sample_id, skipped
 from megakd.data.dataset import prompts as tokenised_prompts
-from megakd.data.files import atomic_writer
 from megakd.data.scores import ScoresHeader, write_scores
 from megakd.data.tokenizers import load_tokenizer
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.evaluation.benchmarks import answer_questions
 from megakd.evaluation.evaluate import Evaluation

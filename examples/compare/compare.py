@@ -20,8 +20,8 @@ from pathlib import Path
 from megakd.comparison import ComparedRun, as_json, as_markdown, collect, compared_runs, load_comparison
 from megakd.comparison_plot import comparison_plot
 from megakd.config import dump
+from megakd.disk import write_json_atomic, write_text_atomic
 from megakd.errors import MegakdError
-from megakd.manifest import write_json_atomic, write_text_atomic
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megakd.data.files import Place, atomic_writer, describe_names, list_files, read_rows, type_name
+from megakd.data.files import Place, describe_names, list_files, read_rows, type_name
 from megakd.data.tokenizers import Tokenizer
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 
 FORMAT = "megakd rollouts 2"

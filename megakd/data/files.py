@@ -1,4 +1,4 @@
-"""Rows of data files, with the place of each, and files that appear whole or not at all.
+"""Rows of data files, with the place of each.
 
 JSON lines (`.jsonl`, `.jsonl.gz`), JSON lists (`.json`, `.json.gz`) and Parquet (`.parquet`), or folders of them. Every
 row comes with a `Place`, so that whatever is found wrong with it later can be said with file and line.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from megakd.disk import sync
 from megakd.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -78,32 +76,6 @@ def describe_names(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) + more) if names else "nothing"
-
-
-@contextmanager
-def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file that gets its name only when the block ends without an error; a `.gz` name is compressed.
-
-    The data are on the disk before the name is (fsync, then rename), so a reader never sees half a file, even when the
-    machine stops. Its unfinished neighbour has the suffix `.partial`; the next attempt writes over it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:  # same rows, same bytes
-                    yield stream
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-    sync(path.parent)
 
 
 # ----------------------------------------------------------------------------------------------- which files

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megakd.data.files import Place, atomic_writer, read_rows
+from megakd.data.files import Place, read_rows
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.manifest import hash_path
 

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from megakd.batch import Group, Kind, Sample
-from megakd.data.files import atomic_writer
+from megakd.disk import atomic_writer, write_json_atomic
 from megakd.errors import DataError
 from megakd.hf.directory import bytes_of, open_tensors, safetensors_header, tensor_bytes
-from megakd.manifest import write_json_atomic
 
 FORMAT = "megakd signals 1"
 HEADER, INDEX = "header.json", "index.jsonl"

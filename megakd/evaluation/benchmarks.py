@@ -16,7 +16,7 @@ from typing import Any
 
 from megakd.config_evaluation import AnswersStage
 from megakd.data.dataset import sample_id
-from megakd.data.files import atomic_writer
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.evaluation.questions import Question, check_questions
 from megakd.mcore.model import Model, freeze

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from megakd.config_evaluation import CommandJudge, RewardModelJudge
 from megakd.data.dataset import sample_id
-from megakd.data.files import atomic_writer, describe_names, read_rows
+from megakd.data.files import describe_names, read_rows
 from megakd.data.readers import Message
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.evaluation.external import run_program
 from megakd.evaluation.reward_model import reward_scores

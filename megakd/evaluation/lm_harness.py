@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config_evaluation import LmEvalStage
-from megakd.data.files import atomic_writer
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.evaluation.external import run_program
 

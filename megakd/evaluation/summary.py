@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.config import Recipe
-from megakd.manifest import Manifest, write_json_atomic
+from megakd.disk import write_json_atomic
+from megakd.manifest import Manifest
 
 SUMMARY = "summary.json"
 MEASURING = ("eval", "win_rate", "lm_eval")

@@ -14,8 +14,8 @@ from megakd.comm import broadcast_json, on_one_rank
 from megakd.config_evaluation import CommandJudge, WinRateStage
 from megakd.data.artefacts import Rollout, RolloutsHeader, read_rollouts, write_rollouts
 from megakd.data.dataset import KeyedPrompt, sample_id
-from megakd.data.files import atomic_writer
 from megakd.data.readers import PreferenceRow
+from megakd.disk import atomic_writer
 from megakd.errors import DataError
 from megakd.evaluation import Estimate
 from megakd.evaluation.answering import held_out_prompts

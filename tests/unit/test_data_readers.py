@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megakd.data.files import atomic_writer
 from megakd.data.readers import read_preferences, read_preferences_counted
 from megakd.errors import DataError
 
@@ -239,26 +238,6 @@ def test_the_first_bad_row_wins(tmp_path):
     bad = write(tmp_path / "b.jsonl", PAIR, {"prompt": "q", "response": "x"}, {"prompt": 3})
     message = refused([first, bad, tmp_path / "b.jsonl"])
     assert message.startswith(f"{bad}:2: field 'chosen': missing; the row has prompt, response.")
-
-
-# ----------------------------------------------------------------------------------------------- writing
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "new" / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt), atomic_writer(file) as stream:
-        stream.write(b"half")
-        raise KeyboardInterrupt
-    assert list(file.parent.iterdir()) == []
-    file.write_bytes(b"old")
-    with atomic_writer(file) as stream:
-        stream.write(b"new")
-        assert file.read_bytes() == b"old"
-    assert file.read_bytes() == b"new" and list(file.parent.iterdir()) == [file]
-    for name in ("b.jsonl.gz", "c.jsonl.gz"):
-        with atomic_writer(tmp_path / name) as stream:
-            stream.write(b"text")
-    assert gzip.decompress((tmp_path / "b.jsonl.gz").read_bytes()) == b"text"
-    assert (tmp_path / "b.jsonl.gz").read_bytes() == (tmp_path / "c.jsonl.gz").read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------- real data

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,55 +56,6 @@ def test_hash_path_sees_content_and_names(tmp_path, monkeypatch):
         big.write_bytes(content)
         seen.add(m.hash_path(big))
     assert len(seen) == 4
-
-
-def test_json_is_old_or_new_and_leaves_nothing(tmp_path):
-    path = tmp_path / "x.json"
-    (tmp_path / "x.json.partial-1-dead").write_text("{")
-    m.write_json_atomic(path, {"a": [1, "é"]})
-    with pytest.raises(TypeError):
-        m.write_json_atomic(path, {"a": object()})
-    with pytest.raises(ValueError):
-        m.write_json_atomic(path, {"a": float("inf")})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, "é"]}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_directory_appears_when_complete(tmp_path):
-    path = tmp_path / "models" / "student"
-    with pytest.raises(RuntimeError, match="no"), m.atomic_directory(path) as partial:
-        (partial / "half").write_text("x")
-        assert not path.exists() and partial.parent == path.parent and ".partial-" in partial.name
-        raise RuntimeError("no")
-    assert list(path.parent.iterdir()) == []
-    with m.atomic_directory(path) as partial:
-        (partial / "sub").mkdir()
-        (partial / "sub" / "file").write_text("first")
-    assert (path / "sub" / "file").read_text() == "first"
-    with pytest.raises(KeyError), m.atomic_directory(path) as partial:
-        raise KeyError("the old one stays")
-    assert (path / "sub" / "file").read_text() == "first"
-    with m.atomic_directory(path) as partial:
-        (partial / "other").write_text("second")
-    assert [entry.name for entry in path.iterdir()] == ["other"]
-    assert [entry.name for entry in path.parent.iterdir()] == ["student"]
-    assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777  # readable to the team, as usual
-
-
-def test_killed_writer_leaves_no_directory_and_the_next_one_cleans_up(tmp_path):
-    code = ("import sys, time; from megakd.manifest import atomic_directory\n"
-            "with atomic_directory(sys.argv[1]) as partial:\n"
-            "    (partial / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "model")], stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(Path(m.__file__).parents[1])})
-    assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert [entry.name.startswith("model.partial-") for entry in tmp_path.iterdir()] == [True]
-    with m.atomic_directory(tmp_path / "model"):
-        pass
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 def test_room_is_asked_of_the_nearest_existing_folder(tmp_path):
