@@ -19,7 +19,7 @@ SCORES = "scores.jsonl"
 SIGNALS = "signals"
 """Name of a score stage's folder of signals in its folder, where it writes another signal."""
 HOW_NOT_WHAT = {
-    **dict.fromkeys(("name", "kind", "checkpoint_every", "chunk_tokens", "slots", "batch_size"), True),
+    **dict.fromkeys(("name", "kind", "role", "checkpoint_every", "chunk_tokens", "slots", "batch_size"), True),
     "judge": {"timeout"}, "online": {"slots"},
 }
 """Settings of a stage that its result does not depend on."""

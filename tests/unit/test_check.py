@@ -378,6 +378,12 @@ def test_a_finished_stage_with_other_settings(raw):
     check_recipe(parse(raw), WORLD)
 
 
+def test_a_finished_stage_in_another_layout(raw):
+    finish(parse(raw), "generate")
+    stage(raw, "generate")["role"] = "teacher"  # whose layout the model has, not whose model it is
+    check_recipe(parse(raw), WORLD)
+
+
 def test_the_output_folder_of_another_recipe(raw, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump(parse(raw | {"name": "other"})))
