@@ -282,9 +282,9 @@ class Results:
 
     @property
     def names(self) -> list[str]:
-        """The numbers that any method has: those of the report in its order, any other, and the costs."""
+        """The numbers to show: those of the report in its order but for details, any other, and the costs."""
         given = dict.fromkeys(name for numbers in self.figures.values() for name in numbers)
-        known = [name for name in METRIC_TEXTS if name in given]
+        known = [name for name, text in METRIC_TEXTS.items() if name in given and not text.detail]
         costs = [name for name in (SECONDS, TOKENS) if name in given]
         return [*known, *(name for name in given if name not in METRIC_TEXTS and name not in costs), *costs]
 
@@ -321,7 +321,7 @@ def _append(values: dict[str, list[float]], new: Mapping[str, float]) -> None:
 
 def label_of(name: str) -> str:
     """How a number is called in table and figure."""
-    labels = {SECONDS: "Seconds before the evaluation", TOKENS: "Student tokens", "answer_tokens": "Tokens an answer"}
+    labels = {SECONDS: "Seconds before the evaluation", TOKENS: "Student tokens"}
     return METRIC_TEXTS[name].label if name in METRIC_TEXTS else labels.get(name, name.replace("_", " "))
 
 

@@ -31,11 +31,14 @@ _MOST_RANK_COLUMNS = 8
 
 @dataclass(frozen=True)
 class MetricText:
-    """How a metric of the summary is shown. `better` is +1 where more is better, -1 where less is, 0 where neither."""
+    """How a metric of the summary is shown."""
 
     label: str
     help: str
     better: int
+    """+1 where more is better, -1 where less is, 0 where neither."""
+    detail: bool = False
+    """Whether a comparison of many runs leaves it out of table and figure."""
 
 
 METRIC_TEXTS = {
@@ -52,23 +55,28 @@ METRIC_TEXTS = {
     ),
     "nll_chosen": MetricText("NLL of the chosen answer", "nats a token, held-out rows", -1),
     "rouge_l": MetricText("ROUGE-L", "F1 of the model's answer against the row's; standard error over the prompts", +1),
-    "rouge_l_seed_error": MetricText("ROUGE-L, error over seeds", "standard error of the seeds' means", 0),
+    "rouge_l_seed_error": MetricText("ROUGE-L, error over seeds", "standard error of the seeds' means", 0, detail=True),
     "exact_match": MetricText("Exact match", "share of the answers that are the row's words", +1),
-    "exact_match_seed_error": MetricText("Exact match, error over seeds", "standard error of the seeds' means", 0),
+    "exact_match_seed_error": MetricText("Exact match, error over seeds", "standard error of the seeds' means", 0,
+                                          detail=True),
     **{
-        f"{name}_words_{length}": MetricText(f"{label}, references of {words} words", "", better)
+        f"{name}_words_{length}": MetricText(f"{label}, references of {words} words", "", better, detail=True)
         for name, label, better in (("rouge_l", "ROUGE-L", +1), ("exact_match", "Exact match", +1),
                                     ("references", "Prompts", 0))
         for length, words in (("1_30", "1 to 30"), ("31_70", "31 to 70"), ("71_up", "more than 70"))
     },
     "answer_tokens": MetricText("Length of an answer", "tokens, mean", 0),
-    "stopped": MetricText("Answers that stopped", "share that ended by themselves, not at the limit", 0),
+    "distinct_answers": MetricText("Distinct answers", "different answers over prompts: 1 where none comes twice", 0),
+    "stopped": MetricText("Answers that stopped", "share that ended by themselves, not at the limit", 0,
+                          detail=True),
+    "pairs": MetricText("Pairs", "held-out rows with a rejected answer", 0, detail=True),
     "win_rate": MetricText(
         "Win rate", "share of prompts on which the judge prefers it to the stage's first model, ties half", +1
     ),
-    "win_rate_ties": MetricText("Win rate: ties", "share of the verdicts", 0),
-    "win_rate_consistent": MetricText("Win rate: consistent", "share of prompts judged alike in both orders", 0),
-    "win_rate_tokens": MetricText("Win rate: length of an answer", "tokens, mean", 0),
+    "win_rate_ties": MetricText("Win rate: ties", "share of the verdicts", 0, detail=True),
+    "win_rate_consistent": MetricText("Win rate: consistent", "share of prompts judged alike in both orders", 0,
+                                      detail=True),
+    "win_rate_tokens": MetricText("Win rate: length of an answer", "tokens, mean", 0, detail=True),
 }
 
 

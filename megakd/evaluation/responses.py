@@ -1,4 +1,5 @@
-"""How near a model's answers are to the references: ROUGE-L and exact match, over rows, seeds and reference lengths.
+"""How near a model's answers are to the references, over rows, seeds and reference lengths: ROUGE-L and exact match.
+And whether it still answers each prompt by itself: a student that over-optimises says the same to all.
 
 Legend: S seeds (draws), N rows.
 """
@@ -28,7 +29,8 @@ def response_metrics(answers_SN: Sequence[Sequence[str]], references_N: Sequence
         `rouge_l` and `exact_match`: means over seeds and rows. `<name>_error`: standard error over the rows, of each
         row's mean over the seeds; `<name>_seed_error`: over the seeds, of each seed's mean over the rows (from two on).
         `<name>_words_<class>` and `references_words_<class>`: the mean over the rows whose reference has so many
-        words, and their number; a class without rows is left out.
+        words, and their number; a class without rows is left out. `distinct_answers`: the number of different answers
+        of a seed over the number of rows, a mean over seeds; 1/N is one answer for everything.
 
     Raises:
         LossInputError: no seeds or rows, or another number of answers than references.
@@ -53,7 +55,8 @@ def response_metrics(answers_SN: Sequence[Sequence[str]], references_N: Sequence
             if own:
                 metrics[f"{name}_words_{length}"] = Estimate.of(own).value
                 metrics[f"references_words_{length}"] = len(own)
-    return metrics
+    distinct = [len({tuple(_plain(answer)) for answer in answers_N}) / len(answers_N) for answers_N in answers_SN]
+    return metrics | {"distinct_answers": sum(distinct) / len(distinct)}
 
 
 def exactly(answer: str, reference: str) -> bool:

@@ -141,8 +141,8 @@ def runs(tmp_path) -> list[ComparedRun]:
     """Three methods with two seeds; seed 2 of dpo is still without its evaluation."""
     made = compared_runs(comparison(output=str(tmp_path / "out")), EXAMPLES)
     for number, run in enumerate(made):
-        final = {"rouge_l": 0.1 * (number + 1), "rouge_l_error": 0.01, "kl_to_teacher": 1.0, "new": number, "text": "a",
-                 "nested": {"a": 1}, "yes": True, "nan": math.nan}
+        final = {"rouge_l": 0.1 * (number + 1), "rouge_l_error": 0.01, "kl_to_teacher": 1.0, "pairs": 4, "new": number,
+                 "text": "a", "nested": {"a": 1}, "yes": True, "nan": math.nan}
         last = (run.method, run.seed) == ("dpo", 2)
         finish(run, final, {"rouge_l": 0.5, "kl_to_teacher": 2.0}, without="eval" if last else None)
     return made
@@ -153,7 +153,8 @@ def test_finished_runs_are_collected_and_the_others_named(runs):
     assert list(results.figures) == [START, "sft", "adpa_plus", "dpo"]
     assert results.seeds == {START: (1, 2), "sft": (1, 2), "adpa_plus": (1, 2), "dpo": (1,)}
     assert results.missing == ("dpo, seed 2: eval",)
-    assert results.names == ["kl_to_teacher", "rouge_l", "new", "seconds", "student_tokens"]
+    assert results.names == ["kl_to_teacher", "rouge_l", "new", "seconds", "student_tokens"]  # no detail such as pairs
+    assert results.figures["sft"]["pairs"].values == (4, 4)
     assert results.figures["sft"]["rouge_l"].values == pytest.approx((0.1, 0.4))
     assert results.figures["sft"]["new"].values == (0, 3)
     assert results.figures[START]["kl_to_teacher"].values == (2.0, 2.0) and "seconds" not in results.figures[START]

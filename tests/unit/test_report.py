@@ -165,7 +165,7 @@ def test_console_table():
     assert kl.split()[-5:] == ["1.2345", "0.4120", "+", "0.4510", "+"]
     assert "better" in lines[-1] and len({len(line) for line in lines if set(line) == {"-"}}) == 1
     worse = console_table({"a": {"rouge_l": 0.5, "pairs": 1000, "x_error": 2.0}, "b": {"rouge_l": 0.25}})
-    assert re.search(r"ROUGE-L ↑ +0.5000 +0.2500 -", worse) and re.search(r"pairs +1,000 +-", worse)
+    assert re.search(r"ROUGE-L ↑ +0.5000 +0.2500 -", worse) and re.search(r"Pairs +1,000 +-", worse)
     assert re.search("x error +2.0000", worse)
     estimate = console_table({"a": {"rouge_l": 0.5, "rouge_l_error": 0.01}, "b": {"rouge_l": 1, "rouge_l_error": None}})
     assert "0.5000 ± 0.0100" in estimate and "error" not in estimate

@@ -43,7 +43,7 @@ def test_means_and_standard_errors():
 def test_one_seed_has_no_error_over_seeds_and_one_row_none_at_all():
     found = response_metrics([["a b"]], ["a b"])
     assert found == {"rouge_l": 1.0, "exact_match": 1.0, "rouge_l_words_1_30": 1.0, "exact_match_words_1_30": 1.0,
-                     "references_words_1_30": 1}
+                     "references_words_1_30": 1, "distinct_answers": 1.0}
 
 
 @pytest.mark.parametrize(("words", "name"), [(1, "1_30"), (30, "1_30"), (31, "31_70"), (70, "31_70"), (71, "71_up")])
@@ -54,6 +54,12 @@ def test_classes_of_length(words, name):
 def test_exact_match_looks_at_words_alone():
     assert exactly("  It's, twelve!\n", "its twelve") and exactly("a  b", "a\nb")
     assert not exactly("ab", "a b") and not exactly("", "a")
+
+
+def test_the_same_answer_to_all():
+    refusals = [["I don't.", "i DON'T", "I don't know."], ["a", "b", "c"]]
+    assert response_metrics(refusals, ["x", "y", "z"])["distinct_answers"] == pytest.approx((2 / 3 + 1) / 2)
+    assert response_metrics([["no"] * 4], ["x"] * 4)["distinct_answers"] == 1 / 4
 
 
 def test_what_cannot_be_measured():
