@@ -47,6 +47,9 @@ class Role(Section):
     parallel: Parallel = Parallel()
     micro_batch: int = Field(4, ge=1)
     """Groups (prompts with their answers) in one micro-batch of this role."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """What the backward pass of a training makes again instead of keeping it: nothing, the inside of every MLP, or
+    whole layers (only each layer's input is kept). Changes time and memory, not results."""
 
 
 class Precision(Section):

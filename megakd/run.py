@@ -76,9 +76,10 @@ class Run:
     def load_model(self, role: str, model: str) -> Model:
         """A model in a role's layout, filled from its directory."""
         path = self.recipe.path_of_model(model)
-        parallel = self.recipe.role(role).parallel
+        settings: Role = self.recipe.role(role)
         return build_model(
-            path, Architecture.read(path), parallel, self.recipe.precision, self.grid(role), self.world.device
+            path, Architecture.read(path), settings.parallel, settings.recompute, self.recipe.precision,
+            self.grid(role), self.world.device,
         )
 
     def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:

@@ -36,6 +36,11 @@ from megakd.mcore.layers import attention_of, local_block, transformer_engine_bl
 from megakd.rollout.cache import KVCache
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+RECOMPUTE = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
@@ -113,9 +118,9 @@ def unwrap(chunk: nn.Module) -> HiddenGPT:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: Parallel, precision: Precision, device: torch.device
+    architecture: Architecture, parallel: Parallel, recompute: str, precision: Precision, device: torch.device
 ) -> TransformerConfig:
-    """megatron-core's configuration of an architecture under a layout and precision."""
+    """megatron-core's configuration of an architecture under a layout, a choice of RECOMPUTE and a precision."""
     kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
     dtype = TORCH_DTYPES[precision.dtype]
     fp8 = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8_recipe]} if precision.dtype == "fp8" else {}
@@ -161,6 +166,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **RECOMPUTE[recompute],
         **fp8,
     )
 
@@ -169,6 +175,7 @@ def build_model(
     directory: Path,
     architecture: Architecture,
     parallel: Parallel,
+    recompute: str,
     precision: Precision,
     grid: Grid,
     device: torch.device,
@@ -177,7 +184,7 @@ def build_model(
 
     Each rank reads only what it holds. No collective but the one that megatron-core makes for tied embeddings.
     """
-    config = transformer_config(architecture, parallel, precision, device)
+    config = transformer_config(architecture, parallel, recompute, precision, device)
     # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
     spec = "te" if device.type == "cuda" else "local"
     shards = stage_shards(

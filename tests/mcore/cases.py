@@ -19,7 +19,7 @@ from megakd.layout import Layout
 from megakd.mcore import runtime
 from megakd.mcore.checkpoint import box_of
 from megakd.mcore.grid import Grid, make_grid
-from megakd.mcore.model import Model, build_model, freeze
+from megakd.mcore.model import Model, build_model, freeze, unwrap
 from megakd.mcore.optimizer import STATES, make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
@@ -47,12 +47,13 @@ def grid(tensor: int, pipeline: int) -> Grid:
     return make_grid(layout)
 
 
-def build(directory: str, parallel: Parallel, precision: Precision = FP32) -> Model:
+def build(directory: str, parallel: Parallel, precision: Precision = FP32, recompute: str = "none") -> Model:
     """A model under a layout."""
     path = Path(directory)
     world()
     architecture = Architecture.read(path)
-    return build_model(path, architecture, parallel, precision, grid(parallel.tensor, parallel.pipeline), CPU)
+    grid_of_model = grid(parallel.tensor, parallel.pipeline)
+    return build_model(path, architecture, parallel, recompute, precision, grid_of_model, CPU)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Distillation:
     warmup: float = 0.0
     weight_decay: float = 0.0
     precision: Precision = FP32
+    recompute: str = "none"
+    """Of the student."""
 
 
 class Job:
@@ -81,7 +84,7 @@ class Job:
     def __init__(self, case: Distillation):
         self.case = case
         self.objective = build_objective(case.objective)
-        self.student = build(case.directories["student"], case.parallels["student"], case.precision)
+        self.student = build(case.directories["student"], case.parallels["student"], case.precision, case.recompute)
         grid_of_student = self.student.grid
         self.teachers = {}
         for role in self.objective.requires.teachers:
@@ -156,6 +159,16 @@ def first_gradients(case: Distillation):
     """Metrics and gradients of the first step."""
     job = Job(case)
     return job.forward_backward(0), job.gradients()
+
+
+def forward_calls(case: Distillation) -> dict[str, int]:
+    """How often the first student layer's attention and MLP run forward in a step of one micro-batch."""
+    job = Job(case)
+    layer, calls = unwrap(job.student.chunks[0]).decoder.layers[0], {"attention": 0, "mlp": 0}
+    for name, module in (("attention", layer.self_attention), ("mlp", layer.mlp)):
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    job.forward_backward(0)
+    return calls
 
 
 def curve(case: Distillation) -> list[dict[str, float]]:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megakd.batch import Kind
 from megakd.config import Parallel
-from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective
-from tests.mcore.cases import Distillation, assemble, first_gradients
+from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
+from tests.mcore.cases import Distillation, assemble, first_gradients, forward_calls
 from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
 from tests.ranks import run_ranks
 
@@ -140,13 +140,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_first_gradients_equal_plain_torch(directories, method, layout):
+def test_first_gradients_equal_plain_torch(directories, method, layout, recompute="none"):
     world, student, teacher, reference, micro_batches = LAYOUTS[layout]
     groups = tuple(make_groups(8, KINDS[method]))
     loss, expected = naive_gradients(directories, method, groups)
     case = Distillation(
         directories, {"student": student, "teacher": teacher, "reference": reference},
         dict(zip(("student", "teacher", "reference"), micro_batches, strict=True)), OBJECTIVES[method], groups, 8,
+        recompute=recompute,
     )
     worst = check(run_ranks(world, first_gradients, case), loss, expected)
     print(f"{method}, {layout}: worst relative error {worst:.1e}")
@@ -156,3 +157,16 @@ def test_first_gradients_equal_plain_torch(directories, method, layout):
 @pytest.mark.parametrize("student", ["untied head", "4 groups of heads", "biases"])
 def test_first_gradients_of_other_students(directories, students, student, layout):
     test_first_gradients_equal_plain_torch(directories | {"student": students[student]}, "adpa", layout)
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2 sp | tp2 sp | dp2", "tp2 sp pp2 vpp2 | pp4 | dp4"])
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_first_gradients_with_activations_made_again(directories, recompute, layout):
+    test_first_gradients_equal_plain_torch(directories, "dckd", layout, recompute)
+
+
+@pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("mlp", 1, 2), ("full", 2, 2)])
+def test_what_is_made_again(directories, recompute, attention, mlp):
+    case = Distillation(directories, {"student": Parallel()}, {"student": 2}, SftObjective(),
+                        tuple(make_groups(2, (Kind.CHOSEN,))), 2, recompute=recompute)
+    assert run_ranks(1, forward_calls, case) == [{"attention": attention, "mlp": mlp}]
