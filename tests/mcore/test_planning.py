@@ -1,0 +1,88 @@
+"""The planner's memory and traffic of a training step, against what real models on real ranks take and send."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megakd.batch import Group, Padding, Sample, Step
+from megakd.config import Parallel
+from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
+from megakd.hf.families import Architecture
+from megakd.objectives import build_objective
+from megakd.planning.memory import training_memory
+from megakd.planning.recipe import loss_calls
+from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.traffic import training_traffic
+from megakd.planning.work import work_of_step
+from tests.mcore.cases import Distillation
+from tests.mcore.planning_cases import measured_step
+from tests.mcore.tiny import make_llama
+from tests.ranks import run_ranks
+
+CHUNK = 16  # of `Job`
+TP2 = Parallel(tensor=2)
+SP2 = Parallel(tensor=2, sequence=True)
+CASES = {
+    # name: (world, objective, student, teachers, micro-batches of student and teachers, recompute)
+    "one process": (1, SftObjective(), Parallel(), Parallel(), (4, 4), "none"),
+    "one process, again": (1, DckdObjective(), Parallel(), Parallel(), (2, 4), "full"),
+    "tp2": (2, DckdObjective(), TP2, Parallel(), (4, 2), "none"),
+    "tp2 sp | tp2": (2, AdpaObjective(), SP2, TP2, (4, 4), "none"),
+    "tp2 sp, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
+    "pp2 | tp2 sp": (2, DpoObjective(), Parallel(pipeline=2), SP2, (2, 4), "none"),
+    "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),
+    "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),
+    "pp2 vpp2 dp2": (4, SftObjective(), Parallel(pipeline=2, virtual_pipeline=2), Parallel(), (1, 2), "none"),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, str]:
+    """Models whose activations outweigh what the formulas leave out, and whose sizes need no padding."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"hidden": 128, "heads": 8, "kv_heads": 4}
+    return {role: str(make_llama(folder / role, seed=seed, layers=layers, tied=role == "student", **sizes))
+            for seed, (role, layers) in enumerate({"student": 8, "teacher": 4, "reference": 4}.items())}
+
+
+def setup_of(case: Distillation, world: int) -> TrainingSetup:
+    requires = build_objective(case.objective).requires
+    roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
+                             case.micro_batches[role], case.recompute if role == "student" else "none")
+             for role in ("student", *requires.teachers)}
+    paddings = {role: Padding(setup.parallel.tensor if setup.parallel.sequence else 1,
+                              uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
+    teachers = {role: roles[role] for role in requires.teachers}
+    work = work_of_step(
+        Step(case.groups[: case.global_batch]), {role: setup.layout for role, setup in roles.items()},
+        {role: setup.micro_batch for role, setup in roles.items()}, paddings,
+        {role: requires.teacher_kinds[role] for role in teachers},
+    )
+    return TrainingSetup(roles["student"], teachers, loss_calls(case.objective, requires), work, CHUNK, "fp32", "cpu")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_and_traffic_are_those_of_real_ranks(directories, name):
+    world, objective, student, teachers, (student_micro, teacher_micro), recompute = CASES[name]
+    kinds = build_objective(objective).requires.kinds
+    # All rows alike, so that every replica has the same to do; long, so that activations outweigh single numbers.
+    samples = tuple(Sample(tuple(range(3, 99)), 40 + kind, kind) for kind in kinds)
+    group = Group("row:0", samples)
+    case = Distillation(
+        directories, {"student": student, "teacher": teachers, "reference": teachers},
+        {"student": student_micro, "teacher": teacher_micro, "reference": teacher_micro}, objective, (group,) * 8, 8, 3,
+        recompute=recompute,
+    )
+    setup = setup_of(case, world)
+    for rank, measured in enumerate(run_ranks(world, measured_step, case)):
+        memory = training_memory(setup, setup.trained.layout.coordinates(rank).pipeline)
+        print(f"{name}, rank {rank}: kept {sum(memory.kept.values()) / measured['kept']:.4f}, "
+              f"peak {memory.total / measured['peak']:.4f} of the measured")
+        assert sum(memory.kept.values()) == pytest.approx(measured["kept"], rel=0.01)
+        assert memory.total == pytest.approx(measured["peak"], rel=0.05)
+        planned: Counter = Counter()
+        for call in training_traffic(setup, rank):
+            planned[call.operation, 2 if call.operation in ("send", "receive") else call.size] += round(call.bytes)
+        assert planned == measured["calls"]

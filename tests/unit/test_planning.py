@@ -1,0 +1,121 @@
+"""The planner's counts: parameters and operations against published figures, schedules and steps against simulation."""
+
+from __future__ import annotations
+
+import pytest
+
+from megakd.batch import Group, Kind, Padding, Sample, Step
+from megakd.config import Parallel
+from megakd.hf.families import Architecture
+from megakd.layout import Layout
+from megakd.planning.setup import RoleSetup
+from megakd.planning.sizes import layer_flops, layer_widths, model_flops, parameter_count, shard_parameters
+from megakd.planning.work import Lengths, work_of_lengths, work_of_step
+
+
+def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tied=False) -> Architecture:
+    return Architecture("llama", hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, 1e-5, 1e4, None, tied,
+                        False, 8192)
+
+
+LLAMA_8B = architecture(4096, 32, 32, 8, 128, 14336, 128256)
+LLAMA_70B = architecture(8192, 80, 64, 8, 128, 28672, 128256)
+LLAMA_405B = architecture(16384, 126, 128, 8, 128, 53248, 128256)
+PUBLISHED = {  # sizes, norms a layer, and parameters as the models' safetensors files have them
+    "Llama 3.2 1B": (architecture(2048, 16, 32, 8, 64, 8192, 128256, tied=True), 2, 1_235_814_400),
+    "Llama 3.2 3B": (architecture(3072, 28, 24, 8, 128, 8192, 128256, tied=True), 2, 3_212_749_824),
+    "Llama 3 8B": (LLAMA_8B, 2, 8_030_261_248),
+    "Llama 3 70B": (LLAMA_70B, 2, 70_553_706_496),
+    "Llama 3.1 405B": (LLAMA_405B, 2, 405_853_388_800),
+    "Mistral 7B": (architecture(4096, 32, 32, 8, 128, 14336, 32000), 2, 7_241_732_096),
+    "Gemma 2 2B": (architecture(2304, 26, 8, 4, 256, 9216, 256000, tied=True), 4, 2_614_341_888),
+    "Gemma 2 9B": (architecture(3584, 42, 16, 8, 256, 14336, 256000, tied=True), 4, 9_241_705_984),
+    "Gemma 2 27B": (architecture(4608, 46, 32, 16, 128, 36864, 256000, tied=True), 4, 27_227_128_320),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models(name):
+    sizes, norms, published = PUBLISHED[name]
+    assert parameter_count(sizes, norms) == published
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "virtual"), [(1, 1, 1), (8, 1, 1), (4, 5, 1), (2, 4, 5)])
+def test_the_ranks_hold_all_parameters_of_a_model(tensor, pipeline, virtual):
+    # 8 x 128 rows of the vocabulary divide, and so do heads: nothing is padding; the norms are on every tensor rank.
+    setup = RoleSetup(LLAMA_70B, Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual), 160, 1)
+    held = [sum(shard_parameters(LLAMA_70B, shard) for shard in setup.shards(stage, "te")) for stage in range(pipeline)]
+    padded = -128256 % (128 * tensor)
+    norms = (2 * 80 + 1) * 8192
+    assert sum(held) * tensor == parameter_count(LLAMA_70B) + (tensor - 1) * norms + 2 * padded * 8192
+
+
+def test_operations_of_the_405b_training_run():
+    # The Llama 3 paper (arXiv 2407.21783) trains 405B on 15.6T tokens with 3.8e25 operations; it counts 6 for each
+    # parameter and token. The head's are among them, the embedding's rows are looked up: 0.5 % less.
+    forward = model_flops(LLAMA_405B, 1, 0, 1)
+    assert 3 * forward * 15.6e12 == pytest.approx(3.8e25, rel=0.01)
+    assert forward == 2 * (parameter_count(LLAMA_405B) - 128256 * 16384 - (2 * 126 + 1) * 16384)
+
+
+def test_operations_of_a_layer_against_a_plain_count():
+    widths = layer_widths(LLAMA_8B, 2)
+    tokens, lengths = 300, (100, 200)
+    products = [(4096, 2048 + 2 * 512), (2048, 4096), (4096, 2 * 7168), (7168, 4096)]
+    plain = sum(2 * tokens * rows * columns for rows, columns in products)
+    # Scores and weighted values: each position of each of 16 heads of 128 attends to itself and those before.
+    plain += sum(2 * 2 * 16 * 128 * (position + 1) for length in lengths for position in range(length))
+    assert layer_flops(widths, tokens, sum(n * (n + 1) / 2 for n in lengths)) == plain
+
+
+def in_flight(stages: int, stage: int, chunks: int, micro_batches: int) -> int:
+    """Most chunk passes under way on a stage: all of the warm-up, then forward before backward, one of each."""
+    if chunks == 1:
+        warmup = min(stages - stage - 1, micro_batches)
+    else:
+        warmup = min((stages - stage - 1) * 2 + (chunks - 1) * stages, micro_batches * chunks)
+    under_way = most = warmup
+    for _ in range(micro_batches * chunks - warmup):
+        under_way += 1
+        most = max(most, under_way)
+        under_way -= 1
+    return most
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 5)])
+def test_micro_batches_under_way(stages, chunks, micro_batches):
+    setup = RoleSetup(LLAMA_70B, Parallel(pipeline=stages, virtual_pipeline=chunks), stages, 1)
+    for stage in range(stages):
+        assert setup.warmup(stage, micro_batches) == in_flight(stages, stage, chunks, micro_batches)
+
+
+def step_of(groups: int, prompt: int, answer: int) -> Step:
+    kinds = (Kind.CHOSEN, Kind.REJECTED)
+    return Step(tuple(Group(f"row:{number}", tuple(Sample((5,) * (prompt + answer), prompt, kind) for kind in kinds))
+                      for number in range(groups)))
+
+
+def test_the_work_of_a_step_of_equal_rows_is_that_of_its_lengths():
+    layouts = {"student": Layout(8, 2, 2), "teacher": Layout(8, 4)}
+    kinds = {"teacher": (Kind.REJECTED,)}
+    micro_batches = {"student": 2, "teacher": 4}
+    real = work_of_step(step_of(16, 30, 12), layouts, micro_batches, dict.fromkeys(layouts, Padding()), kinds)
+    mean = work_of_lengths(Lengths(30, 12), (Kind.CHOSEN, Kind.REJECTED), 16, layouts, micro_batches, kinds)
+    for role in layouts:
+        for number in ("tokens", "pairs", "all_rows"):
+            assert real.roles[role].sum(number) == mean.roles[role].sum(number)
+            assert real.roles[role].most(number) == mean.roles[role].most(number)
+    assert (real.tokens, real.received("teacher")) == (mean.tokens, mean.received("teacher"))
+    # What arrives is what was sent, and both tensor ranks of a replica's last stage get half of its rows.
+    moved = real.moved["teacher"]
+    assert sum(moved.sent) == sum(moved.received) and moved.gathered == (96, 96)
+
+
+def test_filling_counts_as_work():
+    layouts = {"student": Layout(1)}
+    plain = work_of_step(step_of(2, 3, 2), layouts, {"student": 2}, {"student": Padding()}, {})
+    filled = work_of_step(step_of(2, 3, 2), layouts, {"student": 2}, {"student": Padding(16)}, {})
+    assert plain.roles["student"].sum("tokens") == 20 and filled.roles["student"].sum("tokens") == 32
+    assert filled.roles["student"].sum("pairs") == plain.roles["student"].sum("pairs") + 12 * 13 / 2
+    assert plain.roles["student"].sum("all_rows") == filled.roles["student"].sum("all_rows") == 8
