@@ -125,7 +125,9 @@ check_nodes() {
     ! grep -q '^device: cuda' "$job_folder/recipe.yaml" || device=cuda
     srun_line "$SLURM_NNODES" 1 bash "$job_folder/code/slurm/check_node.sh" "$job_folder/recipe.yaml" "$python" "$device" \
         "$each"
-    "${line[@]}" || refuse "a node cannot take part: see the line above. Mend it, or leave the node out (sbatch --exclude)"
+    "${line[@]}" && return
+    ! is_preempted || leave_interrupted preempted
+    refuse "a node cannot take part: see the line above. Mend it, or leave the node out (sbatch --exclude)"
 }
 
 # --------------------------------------------------------------------------------------------------------- how it ended
@@ -188,20 +190,25 @@ leave_interrupted() {
     exit "$INTERRUPTED"
 }
 
+is_preempted() {
+    local when
+    when=$(job_field PreemptTime)
+    [[ -n $when && $when != None ]]
+}
+
 finish() {
-    local status=$1 preempted
-    preempted=$(job_field PreemptTime)
-    if [[ -n $preempted && $preempted != None ]]; then
+    local status=$1
+    if [[ $status == 0 && -z $(failures) ]]; then
+        say "job $SLURM_JOB_ID is done"
+        exit 0
+    elif is_preempted; then
         # Whatever its ranks have made of it: a program that a stage has started may have ended by the signal.
         leave_interrupted preempted
-    elif [[ -n $(failed_by_itself) ]] || { [[ $status != 0 && -z $(failures) ]]; }; then
-        tell_failure "$status"
-        exit 1
-    elif [[ -n $(failures) ]]; then
+    elif [[ -n $(failures) && -z $(failed_by_itself) ]]; then
         leave_interrupted "interrupted before its time was up"
     fi
-    say "job $SLURM_JOB_ID is done"
-    exit 0
+    tell_failure "$status"
+    exit 1
 }
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -107,6 +107,7 @@ class Cluster:
             "MpiDefault=none",
             "ReturnToService=2",
             "SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0",
+            "SlurmdParameters=config_overrides",  # two CPUs a node, whatever this machine has
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
             "PreemptType=preempt/partition_prio",
@@ -153,7 +154,7 @@ class Cluster:
     def command(self, *words: str) -> str:
         """Runs one of SLURM's programs; returns what it printed."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
