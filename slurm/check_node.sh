@@ -8,7 +8,8 @@ lacks() {
     exit 2
 }
 
-[[ -r $recipe ]] || lacks "cannot read $recipe. The run's folder (output) has to be on a file system that all nodes share"
+[[ -r $recipe ]] ||
+    lacks "cannot read $recipe. The run's folder (output) has to be on a file system that all nodes share"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     lacks "$python is not there or older than 3.11. The environment has to be on a file system that all nodes share"
 [[ $device == cpu ]] && exit 0

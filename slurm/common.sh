@@ -58,14 +58,15 @@ find_python() {
 srun_line() {
     local nodes=$1 each=$2
     shift 2
-    # --distribution: neighbouring ranks share a node, and tensor groups are neighbours; a cluster may have set `cyclic`.
+    # --distribution: neighbouring ranks share a node, as tensor groups are neighbours; a cluster may have set `cyclic`.
     # --mpi=none: ranks meet by torch's own store; a cluster's default of pmix would start what nobody uses.
     line=(srun "--nodes=$nodes" "--ntasks=$((nodes * each))" "--ntasks-per-node=$each" --distribution=block --mpi=none)
     # Since SLURM 22.05 srun does not take this from sbatch any more.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || line+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     # A rank that fails ends the others, which would wait for it in a collective.
     line+=(--kill-on-bad-exit=1 --wait=120 --export=ALL)
-    [[ -z $container ]] || line+=("--container-image=$container" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    [[ -z $container ]] ||
+        line+=("--container-image=$container" "--container-mounts=$mounts" "--container-workdir=$PWD")
     line+=("$@")
 }
 
@@ -74,7 +75,7 @@ show_line() {
     echo
 }
 
-# ----------------------------------------------------------------------------------------------------- the job's place
+# ------------------------------------------------------------------------------------------------- the job's place
 # Where rank 0 listens: this script runs on the job's first node, which has rank 0.
 set_rendezvous() {
     local first
@@ -82,7 +83,8 @@ set_rendezvous() {
     # The address that SLURM itself uses for the node: a node's name need not resolve everywhere.
     MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$("$port_python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    [[ -n $MASTER_ADDR && -n $MASTER_PORT ]] || refuse "found no address for rank 0 on node '$first' (scontrol show node)"
+    [[ -n $MASTER_ADDR && -n $MASTER_PORT ]] ||
+        refuse "found no address for rank 0 on node '$first' (scontrol show node)"
     export MASTER_ADDR MASTER_PORT
 }
 
@@ -93,8 +95,8 @@ set_network() {
     # One hardware queue keeps kernels in the order of their launch, which megatron-core's overlap of communication and
     # computation relies on (tensor and sequence parallelism).
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    # Left to NCCL and UCX, as a wrong value is worse than none. Set them in the submitting shell where your site says so:
-    #   NCCL_IB_HCA=mlx5_0,mlx5_1,...     InfiniBand adapters of the compute network, where storage has adapters of its own
+    # Left to NCCL and UCX, as a wrong value is worse than none. Set them in the submitting shell where your site says:
+    #   NCCL_IB_HCA=mlx5_0,mlx5_1,...     InfiniBand adapters of the compute network, where storage has its own
     #   NCCL_SOCKET_IFNAME=ib0            interface of NCCL's start-up (and of all traffic without InfiniBand)
     #   GLOO_SOCKET_IFNAME=ib0            the same for gloo (device: cpu)
     #   NCCL_IB_GID_INDEX=3               RoCE: which entry of the adapter's address table is RoCE v2
@@ -123,25 +125,31 @@ make_job_folder() {
 check_nodes() {
     local device=cpu each=$1
     ! grep -q '^device: cuda' "$job_folder/recipe.yaml" || device=cuda
-    srun_line "$SLURM_NNODES" 1 bash "$job_folder/code/slurm/check_node.sh" "$job_folder/recipe.yaml" "$python" "$device" \
-        "$each"
+    srun_line "$SLURM_NNODES" 1 bash "$job_folder/code/slurm/check_node.sh" "$job_folder/recipe.yaml" "$python" \
+        "$device" "$each"
     "${line[@]}" && return
     ! is_preempted || leave_interrupted preempted
     refuse "a node cannot take part: see the line above. Mend it, or leave the node out (sbatch --exclude)"
 }
 
-# --------------------------------------------------------------------------------------------------------- how it ended
+# ----------------------------------------------------------------------------------------------------- how it ended
 # What a run has to show: its finished stages and newest checkpoints.
 progress() { find "$job_folder/../../stages" \( -name manifest.json -o -name checkpoint.json \) 2>/dev/null | sort; }
 
 job_field() { scontrol --oneliner show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
 
-# Ranks that did not end well have left `rank-<rank>.status`: time, status, rank, node. First come, first to blame; a
-# rank that SLURM has ended on behalf of another, or that left when asked to, comes behind all others.
-failures() { cat "$logs"/*.status 2>/dev/null | sort -n; }
+# A rank that was not killed together with its shell has left `rank-<rank>.status`: time, exit status, rank, node.
+statuses() { cat "$logs"/*.status 2>/dev/null | sort -n; }
 
-failed_by_itself() {
-    failures | awk -v a="$INTERRUPTED" -v b="$ENDED_BY_TERM" -v c="$ENDED_BY_USR1" '$2 != a && $2 != b && $2 != c'
+# srun's own status is no proof: it is 0, too, where SLURM killed the step at the end of the job's time.
+all_are_done() { (($(statuses | awk '$2 == 0' | wc -l) == ranks)); }
+
+# Those that left when asked to, or that were signalled before they could hear it.
+left_when_asked() { statuses | awk -v list=" $INTERRUPTED $ENDED_BY_TERM $ENDED_BY_USR1 " 'index(list, " " $2 " ")'; }
+
+# First come, first to blame.
+failed_by_themselves() {
+    statuses | awk -v list=" 0 $INTERRUPTED $ENDED_BY_TERM $ENDED_BY_USR1 " '!index(list, " " $2 " ")'
 }
 
 # The last line that says something, of a rank's log.
@@ -153,40 +161,60 @@ last_line_of() {
 # One line: which rank, where, how; what it said last; what to do.
 tell_failure() {
     local status=$1 code rank node how said next
-    read -r _ code rank node < <(failed_by_itself)
+    read -r _ code rank node < <(failed_by_themselves)
     if [[ -z ${code:-} ]]; then
-        echo "slurm: job $SLURM_JOB_ID failed: srun ended with status $status and no rank says why; a node may be lost" \
-            "(see srun's lines above, sinfo -R). Submit the same command to go on. Logs: $logs" >&2
+        echo "slurm: job $SLURM_JOB_ID failed: srun ended with status $status and no rank says why; a node may be" \
+            "lost (see srun's lines above, sinfo -R). Submit the same command to go on. Logs: $logs" >&2
         return
     fi
     said=$(last_line_of "$logs/rank-$rank.log")
     # A mistake that all ranks find is told by rank 0 alone.
     [[ -n $said ]] || said=$(last_line_of "$logs/rank-00000.log")
-    how="ended with exit status $code" next="mend that and submit the same command: it goes on from the newest checkpoint"
-    if ((code > 128)); then
-        how="was ended by signal $((code - 128)) ($(kill -l $((code - 128))))"
-        next="submit the same command: it goes on from the newest checkpoint"
-        ((code != 137)) || next="if nobody has killed it, the node was out of memory (sacct -j $SLURM_JOB_ID -o MaxRSS); $next"
+    how="ended with exit status $code" next="submit the same command: it goes on from the newest checkpoint"
+    if ((code == 137)); then
+        next="if nobody has killed it, the node was out of memory (sacct -j $SLURM_JOB_ID -o MaxRSS); $next"
+    elif ((code < 128)); then
+        next="mend that and $next"
     fi
+    ((code <= 128)) || how="was ended by signal $((code - 128)) ($(kill -l $((code - 128))))"
     echo "slurm: job $SLURM_JOB_ID failed: rank $((10#$rank)) on $node $how; its log says: ${said:-nothing}. Next:" \
         "$next. Logs: $logs" >&2
 }
 
-# After an interruption: into the queue again, unless SLURM ends the job anyway or the time was for nothing.
+# Whether SLURM leaves it to this script to queue the job again: while it runs, and when its time is up. Not when it
+# has been cancelled, as that would bring it back, nor when SLURM does it after a preemption.
+is_ours_to_queue() { [[ $(job_field JobState) == RUNNING || $(job_field Reason) == TimeLimit ]]; }
+
+queued=''
+queue_again() {
+    [[ -z $queued ]] || return
+    say "$1; job $SLURM_JOB_ID goes into the queue again"
+    if scontrol requeue "$SLURM_JOB_ID"; then queued=yes; else say "that failed: submit the same command to go on"; fi
+}
+
+# SLURM tells this script when it ends a job, KillWait before it kills everything. The ranks may use that time to
+# save; a stage that is no training will not end in it, and what was done before it is worth another start.
+on_term() {
+    say "SLURM ends this start of job $SLURM_JOB_ID: $(job_field JobState), reason $(job_field Reason)"
+    if [[ $(job_field Reason) == TimeLimit && $(progress) != "$progress_before" ]]; then
+        queue_again "its time is up"
+    fi
+}
+
+# After an interruption: into the queue again, unless that is SLURM's to do or the time was for nothing.
 leave_interrupted() {
     local why=$1
-    if [[ $(job_field JobState) != RUNNING ]]; then
-        # Cancelled, or being put into the queue by SLURM: to do it here would bring a cancelled job back.
-        say "interrupted; SLURM ends this start of job $SLURM_JOB_ID. What is done stands: the same command goes on from there"
+    if ! is_ours_to_queue; then
+        say "interrupted. What job $SLURM_JOB_ID has done stands: the same command goes on from there"
         exit "$INTERRUPTED"
     fi
     if [[ $why != preempted && $(progress) == "$progress_before" ]]; then
-        echo "slurm: job $SLURM_JOB_ID stops: this start has brought no new checkpoint and no finished stage, and the next" \
-            "would not either. Give it more time (sbatch --time), or make the stage's work smaller. Logs: $logs" >&2
+        echo "slurm: job $SLURM_JOB_ID stops: this start has brought no new checkpoint and no finished stage, and" \
+            "the next would not either. Give it more time (sbatch --time), or make the stage's work smaller." \
+            "Logs: $logs" >&2
         exit 1
     fi
-    say "$why; job $SLURM_JOB_ID goes into the queue again"
-    scontrol requeue "$SLURM_JOB_ID" || say "it cannot be queued again by itself: submit the same command to go on"
+    queue_again "$why"
     exit "$INTERRUPTED"
 }
 
@@ -198,20 +226,23 @@ is_preempted() {
 
 finish() {
     local status=$1
-    if [[ $status == 0 && -z $(failures) ]]; then
+    if all_are_done; then
         say "job $SLURM_JOB_ID is done"
         exit 0
     elif is_preempted; then
         # Whatever its ranks have made of it: a program that a stage has started may have ended by the signal.
         leave_interrupted preempted
-    elif [[ -n $(failures) && -z $(failed_by_itself) ]]; then
+    elif [[ $(job_field JobState) != RUNNING ]]; then
+        # The same.
+        leave_interrupted "its time is up"
+    elif [[ -n $(left_when_asked) && -z $(failed_by_themselves) ]]; then
         leave_interrupted "interrupted before its time was up"
     fi
     tell_failure "$status"
     exit 1
 }
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------------- main
 # main ROOT SCRIPT ARGUMENTS...: the job script's work, in the order in which it is done.
 main() {
     local root=$1 script=$2 nodes each status=0 running
@@ -220,6 +251,7 @@ main() {
     recipe=${recipe:-$root/slurm/adpa_70b_to_7b.yaml}
     nodes=${SLURM_NNODES:-$(header nodes "$script")}
     each=${SLURM_NTASKS_PER_NODE:-$(header ntasks-per-node "$script")}
+    ranks=$((nodes * each))
     find_python "$root"
     mounts=$root:$root,$PWD:$PWD${MEGAKD_MOUNTS:+,$MEGAKD_MOUNTS}
     port_python=$(command -v python3 || echo "$python")
@@ -232,23 +264,23 @@ main() {
     fi
     if [[ -n $dry_run ]]; then
         "${job_py[@]}" || exit "$USAGE"
-        srun_line "$nodes" "$each" bash slurm/rank.sh "$python" -m megakd.cli run '<resolved recipe>' "${stage_options[@]}"
+        srun_line "$nodes" "$each" bash slurm/rank.sh "$python" -u -m megakd.cli run '<resolved recipe>' \
+            "${stage_options[@]}"
         show_line
         exit 0
     fi
     [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is no job of SLURM. Submit it with sbatch, or add --dry-run"
-    # SLURM tells this script, too, when it ends a job; the ranks need it to the end.
-    trap 'say "SLURM ends this job: $(job_field JobState), reason $(job_field Reason)"' TERM
-    trap : USR1
     make_job_folder "$root"
     progress_before=$(progress)
+    trap on_term TERM
+    trap : USR1
     set_rendezvous
     set_network
     check_nodes "$each"
     srun_line "$nodes" "$each" bash "$job_folder/code/slurm/rank.sh" "$python" -u -m megakd.cli run \
         "$job_folder/recipe.yaml" "${stage_options[@]}"
-    say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST; rank 0 at $MASTER_ADDR:$MASTER_PORT;" \
-        "logs in $logs"
+    say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST;" \
+        "rank 0 at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
     show_line
     "${line[@]}" &
     running=$!

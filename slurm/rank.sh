@@ -16,8 +16,6 @@ else
     "$@" >>"$name.log" 2>&1
     status=$?
 fi
-if ((status != 0)); then
-    echo "$(date +%s%N) $status $(printf %05d "$RANK") $SLURMD_NODENAME" >"$name.status"
-fi
+echo "$(date +%s%N) $status $(printf %05d "$RANK") $SLURMD_NODENAME" >"$name.status"
 ((status != 75)) || status=0
 exit "$status"

@@ -22,8 +22,8 @@ def job(tmp_path):
     logs = tmp_path / "run" / "slurm" / "job-7" / "start-0"
     logs.mkdir(parents=True)
 
-    def end(statuses: dict[int, int], *, srun: int, state: str = "RUNNING", preempted: str = "None",
-            progress: bool = True) -> tuple[int, str, bool]:
+    def end(statuses: dict[int, int], *, srun: int, state: str = "RUNNING", reason: str = "None",
+            preempted: str = "None", progress: bool = True) -> tuple[int, str, bool]:
         for moment, (rank, status) in enumerate(statuses.items()):
             (logs / f"rank-{rank:05}.status").write_text(f"{moment} {status} {rank:05} n{rank}\n")
         if progress:
@@ -34,9 +34,9 @@ def job(tmp_path):
         programs.mkdir()
         (programs / "scontrol").write_text(
             f'#!/bin/sh\ncase "$*" in requeue*) touch {tmp_path}/queued;; '
-            f'*) echo "JobId=7 JobState={state} Reason=None PreemptTime={preempted}";; esac\n')
+            f'*) echo "JobId=7 JobState={state} Reason={reason} PreemptTime={preempted}";; esac\n')
         (programs / "scontrol").chmod(0o755)
-        code = f"source {SLURM}/common.sh; job_folder={logs.parent} logs={logs} progress_before=; finish {srun}"
+        code = f"source {SLURM}/common.sh; job_folder={logs.parent} logs={logs} ranks=2 progress_before=; finish {srun}"
         done = subprocess.run(["bash", "-uc", code], capture_output=True, text=True, timeout=60,
                               env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"})
         said = (done.stdout + done.stderr).splitlines()
@@ -48,12 +48,12 @@ def job(tmp_path):
 
 
 def test_a_job_is_done(job):
-    status, said, queued = job({}, srun=0)
+    status, said, queued = job({1: 0, 0: 0}, srun=0)
     assert (status, queued) == (0, False) and said.endswith("job 7 is done")
 
 
 def test_a_job_that_is_done_is_done_though_it_should_have_given_way(job):
-    assert job({}, srun=0, preempted="2026-11-22T10:00:00")[::2] == (0, False)
+    assert job({0: 0, 1: 0}, srun=0, preempted="2026-11-22T10:00:00")[::2] == (0, False)
 
 
 def test_time_is_up(job):
@@ -81,7 +81,19 @@ def test_a_preempted_job_comes_back_whatever_it_has_done(job, statuses, srun):
 def test_slurm_is_left_to_end_what_it_ends(job, preempted):
     """A cancelled job must not come back; one that is preempted without grace is put into the queue by SLURM."""
     status, said, queued = job({0: 75, 1: 75}, srun=0, state="COMPLETING", preempted=preempted)
-    assert (status, queued) == (75, False) and "SLURM ends this start of job 7" in said
+    assert (status, queued) == (75, False) and "What job 7 has done stands: the same command goes on" in said
+
+
+@pytest.mark.parametrize("statuses", [{}, {1: 1}])
+@pytest.mark.parametrize("reason, progress, ending", [("None", True, (75, False)), ("TimeLimit", True, (75, True)),
+                                                      ("TimeLimit", False, (1, False))])
+def test_ranks_that_slurm_killed_inside_a_stage(job, statuses, reason, progress, ending):
+    """srun says 0 of ranks that were killed with their shells, and some rank may complain of one that is gone."""
+    assert job(statuses, srun=0, state="COMPLETING", reason=reason, progress=progress)[::2] == ending
+
+
+def test_ranks_that_saved_in_the_last_seconds_of_their_time(job):
+    assert job({0: 75, 1: 143}, srun=143, state="COMPLETING", reason="TimeLimit")[::2] == (75, True)
 
 
 def test_the_first_rank_that_failed_is_told(job):
@@ -104,8 +116,9 @@ def test_a_rank_that_was_killed(job):
     assert "the node was out of memory" in said
 
 
-def test_a_node_that_is_lost(job):
-    status, said, queued = job({}, srun=1)
+@pytest.mark.parametrize("statuses", [{}, {0: 0}])
+def test_a_node_that_is_lost(job, statuses):
+    status, said, queued = job(statuses, srun=0)
     assert (status, queued) == (1, False) and "no rank says why; a node may be lost" in said
 
 
@@ -127,7 +140,7 @@ def test_a_rank_knows_its_place_and_leaves_its_log_and_status(tmp_path, rank, st
     assert (process.returncode, shown) == (left, said if rank == 0 else "")
     assert (tmp_path / f"rank-0000{rank}.log").read_text() == said
     written = [file.read_text().split()[1:] for file in tmp_path.glob("*.status")]
-    assert written == ([[str(status), f"0000{rank}", "n7"]] if status else [])
+    assert written == [[str(status), f"0000{rank}", "n7"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
