@@ -136,7 +136,15 @@ check_nodes() {
 # What a run has to show: its finished stages and newest checkpoints.
 progress() { find "$job_folder/../../stages" \( -name manifest.json -o -name checkpoint.json \) 2>/dev/null | sort; }
 
-job_field() { scontrol --oneliner show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+# A field of what SLURM knows of this job. A busy controller may not answer at once, and a job's fate hangs on it.
+job_field() {
+    local pause shown=''
+    for pause in 1 5 10; do
+        shown=$(scontrol --oneliner show job "$SLURM_JOB_ID") && [[ -n $shown ]] && break
+        sleep "$pause"
+    done
+    tr ' ' '\n' <<<"$shown" | sed -n "s/^$1=//p"
+}
 
 # A rank that was not killed together with its shell has left `rank-<rank>.status`: time, exit status, rank, node.
 statuses() { cat "$logs"/*.status 2>/dev/null | sort -n; }
@@ -168,8 +176,8 @@ tell_failure() {
         return
     fi
     said=$(last_line_of "$logs/rank-$rank.log")
-    # A mistake that all ranks find is told by rank 0 alone.
-    [[ -n $said ]] || said=$(last_line_of "$logs/rank-00000.log")
+    # A mistake in recipe or data is found by all ranks and told by rank 0 alone.
+    ((code != USAGE)) || [[ -n $said ]] || said=$(last_line_of "$logs/rank-00000.log")
     how="ended with exit status $code" next="submit the same command: it goes on from the newest checkpoint"
     if ((code == 137)); then
         next="if nobody has killed it, the node was out of memory (sacct -j $SLURM_JOB_ID -o MaxRSS); $next"
@@ -229,11 +237,11 @@ finish() {
     if all_are_done; then
         say "job $SLURM_JOB_ID is done"
         exit 0
+    # Where SLURM has ended or preempted the job, it does not matter how its ranks took it: one may complain of another
+    # that is gone already, or of a program that it has started.
     elif is_preempted; then
-        # Whatever its ranks have made of it: a program that a stage has started may have ended by the signal.
         leave_interrupted preempted
     elif [[ $(job_field JobState) != RUNNING ]]; then
-        # The same.
         leave_interrupted "its time is up"
     elif [[ -n $(left_when_asked) && -z $(failed_by_themselves) ]]; then
         leave_interrupted "interrupted before its time was up"

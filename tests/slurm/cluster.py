@@ -152,8 +152,13 @@ class Cluster:
 
     # ---------------------------------------------------------------------------------------------------------- using
     def command(self, *words: str) -> str:
-        """Runs one of SLURM's programs; returns what it printed."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        """Runs one of SLURM's programs; returns what it printed. One that only looks is tried again: on a machine that is
+        very busy the controller may not answer."""
+        for tries_left in (2, 1, 0):
+            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+            if done.returncode == 0 or words[0] not in ("scontrol", "squeue", "sinfo") or not tries_left:
+                break
+            time.sleep(1)
         assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 

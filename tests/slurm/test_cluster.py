@@ -57,7 +57,7 @@ def overrides(tmp_path_factory) -> Path:
         "reference.model": reference, "reference.parallel": "{}", "reference.micro_batch": 2,
         "data.train": f"[{write_rows(folder / 'train.jsonl', tiny_rows(10))}]",
         "data.eval": f"[{write_rows(folder / 'eval.jsonl', tiny_rows(4, start=100))}]", "data.max_length": 96,
-        "stages.dckd.init": start, "stages.dckd.steps": 40, "stages.adpa.steps": 150,
+        "stages.dckd.init": start, "stages.dckd.steps": 40, "stages.adpa.steps": 120,
         "stages.generate.max_new_tokens": 8, "stages.generate.slots": 8,
         "stages.eval.models": f"{{start: {start}, final: 'run:student_adpa'}}", "stages.eval.prompts": 4,
         "stages.eval.max_new_tokens": 8, "stages.eval.slots": 8, "stages.eval.chunk_tokens": 16,
@@ -165,7 +165,7 @@ def test_a_job_that_loses_a_rank_and_is_preempted_ends_alike(cluster, overrides,
     assert end_of(cluster, run, job) == "FAILED"
     last = log_of(run, job).splitlines()[-1]
     assert last.startswith(f"slurm: job {job} failed: rank 1 on n2 was ended by signal 9 (KILL)"), last
-    assert "submit the same command: it goes on from the newest checkpoint" in last
+    assert "submit the same command: it goes on from the newest checkpoint" in last and "rank0" not in last
     assert manifests(run) == {}
     killed_at = steps_done(run, "dckd")
 
@@ -178,7 +178,7 @@ def test_a_job_that_loses_a_rank_and_is_preempted_ends_alike(cluster, overrides,
     assert end_of(cluster, run, urgent) == "COMPLETED"
     interrupted_at = steps_done(run, "adpa")
     [saved] = (run / "stages" / "adpa" / "checkpoints").iterdir()
-    assert saved.name == f"step-{interrupted_at:08}" and 5 <= interrupted_at < 150
+    assert saved.name == f"step-{interrupted_at:08}" and 5 <= interrupted_at < 120
     assert end_of(cluster, run, job) == "COMPLETED", log_of(run, job)
 
     log = log_of(run, job)

@@ -111,6 +111,7 @@ def test_a_mistake_that_rank_0_alone_tells(job):
 
 
 def test_a_rank_that_was_killed(job):
+    (job.logs / "rank-00000.log").write_text("RuntimeError: Connection closed by peer\n")
     said = job({1: 137}, srun=137)[1]
     assert "rank 1 on n1 was ended by signal 9 (KILL); its log says: nothing" in said
     assert "the node was out of memory" in said
