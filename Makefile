@@ -30,7 +30,7 @@ quickstart: models
 	$(BIN)/megakd run examples/quickstart/recipe.yaml
 
 # The tests of one process run two at a time. Those of several ranks do not: ranks that wait for each other take the cores.
-ONE_PROCESS := tests/unit tests/e2e/test_examples.py tests/e2e/test_compare.py tests/e2e/test_train_settings.py
+ONE_PROCESS := tests/unit $(addprefix tests/e2e/test_,examples.py compare.py train_settings.py leaving.py)
 test: export MEGAKD_TEST_MODEL = $(abspath $(MODELS))/reference
 test: export OMP_NUM_THREADS = 1
 test: models

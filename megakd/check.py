@@ -40,13 +40,13 @@ CHECKPOINT_COPIES = 3 * 2
 """Master weights and two moments; the new checkpoint is complete before the old one goes."""
 
 
-def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = ()) -> None:
-    """Checks a recipe against its files and the number of ranks.
+def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Sequence[str] = ()) -> None:
+    """Checks a recipe against its files and the number of ranks, on which all its stages run or just those in `only`.
 
     Raises:
         ConfigError, DataError, ModelError: the first thing that is wrong, with the field or file and line.
     """
-    check_world(recipe, world)
+    check_world(recipe, world, only)
     check_backend(recipe)
     require_loggers(wandb=recipe.wandb, tensorboard=False)
     check_output(recipe)

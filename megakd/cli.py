@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megakd.config import Recipe, load
 from megakd.errors import MegakdError
+from megakd.interruption import INTERRUPTED, Interrupted
 
 logger = logging.getLogger("megakd")
 
@@ -18,7 +19,10 @@ USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status (2: something that the user can mend, printed in one line)."""
+    """Runs the command line; returns the exit status.
+
+    2: something that the user can mend, printed in one line; 75: the run left when asked to, and can go on.
+    """
     top = parser()
     # Overrides may stand behind options, where argparse of Python 3.11 does not look for them.
     options, rest = top.parse_known_args(arguments)
@@ -34,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank in (None, 0):
             print(f"megakd: error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except Interrupted as interruption:
+        if rank in (None, 0):
+            print(f"megakd: {interruption}", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +87,7 @@ def run_command(options: argparse.Namespace) -> int:
     # Imported late: a mistake in the recipe is told before torch is loaded.
     from megakd.check import check_recipe
 
-    check_recipe(recipe, world, redo=options.redo)
+    check_recipe(recipe, world, redo=options.redo, only=options.stage)
     if options.check:
         print(f"{options.recipe}: can run on {world} ranks")
         return 0
@@ -104,7 +112,7 @@ def check_stage_names(recipe: Recipe, option: str, names: Sequence[str]) -> None
 
 
 def start_ranks(recipe: Recipe) -> None:
-    """Replaces this process by torchrun, which runs the same command on `recipe.processes` ranks of this machine."""
+    """Replaces this process by a launcher that runs the same command on `recipe.processes` ranks of this machine."""
     threads = max(1, (os.cpu_count() or 1) // recipe.processes)
     # Two ranks that both use all cores get in each other's way many times over.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -113,7 +121,7 @@ def start_ranks(recipe: Recipe) -> None:
     command = [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "megakd.launch",
         "--standalone",
         f"--nproc-per-node={recipe.processes}",
         "-m",

@@ -38,6 +38,11 @@ class Parallel(Section):
     pad_heads: bool = False
     """Adds inert zero heads where the number of key/value heads does not divide by `tensor`."""
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
 
 class Role(Section):
     """A model that takes part in the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,19 +17,41 @@ from megakd.layout import Layout
 if TYPE_CHECKING:
     from megakd.config import Recipe
 
-def check_world(recipe: Recipe, world: int) -> None:
-    """Checks every role's layout against the number of ranks. Raises ConfigError naming the role's field."""
+
+def roles_of(stage: AnyStage) -> tuple[str, ...]:
+    """Roles whose layouts a stage runs in. The student's is always one: megatron-core is set up for its sizes."""
+    match stage:
+        case TrainStage():
+            # A role that is read from disk runs in no layout, unless it also draws answers.
+            roles = (stage.trains, *(role for role in stage.roles
+                                     if role not in stage.signals.stages or stage.online is not None))
+        case GenerateStage() | ScoreStage():
+            roles = (stage.role,)
+        case EvalStage(teacher=True):
+            roles = ("teacher", "reference")
+        case _:
+            roles = ()
+    return tuple(role for role in ("student", "teacher", "reference") if role == "student" or role in roles)
+
+
+def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
+    """Checks against the number of ranks the layouts of all stages, or of those in `only`.
+
+    Raises:
+        ConfigError: naming the role's or stage's field.
+    """
+    stages = [stage for stage in recipe.stages if not only or stage.name in only]
     for name in ("student", "teacher", "reference"):
         parallel = recipe.role(name).parallel
-        ranks = parallel.tensor * parallel.pipeline * parallel.context
-        if world % ranks != 0:
+        if any(name in roles_of(stage) for stage in stages) and world % parallel.ranks != 0:
             raise ConfigError(
                 f"{name}.parallel",
                 f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}",
-                f"{ranks} ranks for one copy do not divide the world of {world} ranks",
-                f"Start a multiple of {ranks} ranks (`processes`), or choose sizes whose product divides {world}",
+                f"{parallel.ranks} ranks for one copy do not divide the world of {world} ranks",
+                f"Start a multiple of {parallel.ranks} ranks (`processes`), or choose sizes whose product divides "
+                f"{world}",
             )
-    for stage in recipe.stages:
+    for stage in stages:
         if isinstance(stage, TrainStage):
             _check_global_batch(recipe, stage, world)
 

@@ -88,6 +88,11 @@ class TrainStage(Stage):
     chunk_tokens: int = Field(256, ge=1)
     """Tokens whose logits exist at one time inside the fused losses."""
 
+    def resumes_after(self, steps: int) -> bool:
+        """Whether a checkpoint after so many steps can be gone on from: answers cannot be drawn again from weights that
+        have moved, so with `online` it lies between two draws."""
+        return self.online is None or steps % self.online.every == 0
+
     @property
     def drawn_online(self) -> tuple[str, ...]:
         """Those of the objective's `rollouts` and `teacher_answers` that are drawn while the stage trains."""

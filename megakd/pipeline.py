@@ -16,8 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megakd import interruption
 from megakd.comm import broadcast_json
 from megakd.config import Recipe, dump
+from megakd.config_checks import roles_of
 from megakd.config_stages import AnyStage
 from megakd.disk import write_text_atomic
 from megakd.errors import MegakdError
@@ -37,12 +39,14 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
 
     Raises:
         MegakdError: a stage cannot run as asked. ConfigErrors that can be found beforehand have been (`check.py`).
+        Interrupted: the run was asked to leave (megakd/interruption.py).
     """
-    world = runtime.start(recipe.device)
-    try:
-        run_stages(recipe, world, only, redo)
-    finally:
-        runtime.stop()
+    with interruption.heard():
+        world = runtime.start(recipe.device)
+        try:
+            run_stages(recipe, world, only, redo)
+        finally:
+            runtime.stop()
 
 
 def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
@@ -68,6 +72,8 @@ def _run_or_skip(run: Run, stage: AnyStage) -> None:
     if plan["done"]:
         _say(run, f"{stage.name}: already done")
         return
+    if interruption.asked(dist.group.WORLD, run.world.device):
+        raise interruption.Interrupted(f"before stage {stage.name}")
     fingerprint = stage_fingerprint(stage.kind, config, plan["inputs"])
     _say(run, f"{stage.name}: {stage.kind} on {run.world.size} ranks")
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -79,7 +85,7 @@ def _run_or_skip(run: Run, stage: AnyStage) -> None:
         seconds = time.perf_counter() - clock
         Manifest(
             stage=stage.name, kind=stage.kind, fingerprint=fingerprint, inputs=plan["inputs"], config=config,
-            versions=versions(), layout={role: _sizes(run, role) for role in ("student", "teacher", "reference")},
+            versions=versions(), layout={role: _sizes(run, role) for role in roles_of(stage)},
             ranks=run.world.size, started=started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 2), tokens=result.tokens,
             metrics=dict(result.metrics),

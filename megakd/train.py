@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megakd import interruption
 from megakd.batch import Group, Kind, Step
 from megakd.comm import broadcast_json
 from megakd.config_stages import TrainStage
@@ -100,6 +101,9 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
         run: this rank's run.
         stage: what to train.
         fingerprint: of the stage's settings and inputs; a checkpoint made with others is refused.
+
+    Raises:
+        Interrupted: the run was asked to leave; the newest checkpoint is of the step that was finished last.
     """
     training = Training(run, stage)
     trainer = training.trainer
@@ -124,6 +128,11 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     )
     with log:
         for number in range(start, training.steps):
+            if interruption.asked(dist.group.WORLD, run.world.device) and stage.resumes_after(number):
+                if number > start and number % stage.checkpoint_every != 0:
+                    checkpoint.save(checkpoints, number, trainer, facts, dist.group.WORLD)
+                saved = f"after step {number} of stage {stage.name}, checkpoint saved"
+                raise interruption.Interrupted(saved if number > 0 else f"before the first step of stage {stage.name}")
             step = training.step_at(number)
             metrics = training.forward_backward(step)
             learning_rate = trainer.learning_rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.interruption import INTERRUPTED
 from tests.recipes import run_in_pool, stage, tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("dpo", "dckd", "generate", "adpa", "eval", "export", "report")
 TRAINED = ("dpo", "dckd", "adpa")
 KILLED = ("dckd", "generate", "eval")
+ROLES = {"dpo": {"student", "teacher", "reference"}, "dckd": {"student", "teacher"},
+         "adpa": {"student", "teacher", "reference"}, "generate": {"student"}, "report": {"student"}}
+"""In whose layouts stages run."""
 FIGURES = ("kl_to_teacher", "expected_advantage", "reward_accuracy", "nll_chosen", "rouge_l")
 
 
@@ -94,8 +99,11 @@ def test_a_run_leaves_what_it_promises(finished):
     for name in TRAINED:
         manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
         assert manifest["layout"]["student"] == {"tensor": 2, "pipeline": 1, "context": 1, "data": 1}
-        assert manifest["layout"]["teacher"]["pipeline"] == 2 and manifest["layout"]["reference"]["data"] == 2
+        assert manifest["layout"]["teacher"]["pipeline"] == 2
         assert len(curve(folder, name)) == 4 and not (folder / "stages" / name / "checkpoints").exists()
+    layouts = {name: json.loads((folder / "stages" / name / "manifest.json").read_text())["layout"] for name in ROLES}
+    assert {name: set(layout) for name, layout in layouts.items()} == ROLES
+    assert layouts["adpa"]["reference"]["data"] == 2
 
 
 def test_a_second_run_redoes_nothing_but_the_report(finished):
@@ -146,11 +154,28 @@ def kill_all(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
+def interrupt(recipe: Path, folder: Path, name: str) -> None:
+    """Runs until the training stage `name` has made a step, and asks it to leave there."""
+    process = start(recipe, f"output={folder}")
+    metrics = folder / "stages" / name / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == INTERRUPTED, output[-4000:]
+    told = re.search(rf"megakd: interrupted after step (\d) of stage {name}, checkpoint saved; run the same", output)
+    assert told is not None, output[-4000:]
+    [saved] = (folder / "stages" / name / "checkpoints").iterdir()
+    assert saved.name == f"step-{int(told[1]):08}" and "Traceback" not in output
+
+
 def test_killed_in_the_middle_of_each_stage(finished, tmp_path):
-    """After every kill the finished stages stand, and the end is that of an undisturbed run, bit for bit."""
+    """After every kill, and a signal that asks to leave, the finished stages stand, and the end is that of an
+    undisturbed run, bit for bit."""
     raw, recipe = finished
     folder = tmp_path / "killed"
     killed = []
+    interrupt(recipe, folder, "dpo")
     for name in KILLED:
         process = start(recipe, f"output={folder}")
         begun = folder / "stages" / name

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("megakd", "tools", "examples", "tests", "benchmarks")
+FOLDERS = ("megakd", "tools", "examples", "tests", "benchmarks", "slurm")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 LIBRARY = [file for file in FILES if file.is_relative_to(ROOT / "megakd")]
 LINES, LINES_OF_TRAIN, LINES_OF_FUNCTION = 600, 300, 100
-NEEDS_NO_TORCH = ("cli", "comparison", "config", "errors", "layout", "log", "manifest")
+NEEDS_NO_TORCH = ("cli", "comparison", "config", "errors", "interruption", "layout", "log", "manifest")
 """Modules of megakd that load no torch, nor does what they import of megakd."""
 
 

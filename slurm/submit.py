@@ -1,0 +1,271 @@
+"""Submits a recipe's stages as a chain of jobs of different sizes, each of which waits for the one before.
+
+    python slurm/submit.py slurm/adpa_70b_to_7b.yaml --nodes dckd=16,generate=4,adpa=16,export=1 --overrides my.txt
+
+A stage that is not named runs on as many nodes as the one before it; neighbours on as many nodes share a job. Stages
+before the first named one have to be done. `--nodes 16` is one job for all. The parallel sizes of a model stay what the
+recipe says; only the number of its copies follows the nodes.
+
+Everything that can be known beforehand is refused before anything is submitted. sbatch's own settings (partition,
+account) come from its variables (SBATCH_PARTITION, SBATCH_ACCOUNT) or by `--sbatch=--partition=NAME`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from job import USAGE_ERROR, check_job, is_done, load_with
+
+from megakd.config import Recipe
+from megakd.config_stages import TrainStage
+from megakd.errors import ConfigError, MegakdError
+from megakd.log import METRICS, read_metrics
+
+SCRIPT = Path(__file__).resolve().with_name("adpa_70b_to_7b.sbatch")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: stages that follow one another on equal numbers of nodes."""
+
+    stages: tuple[str, ...]
+    nodes: int
+    time: str
+    """The walltime as sbatch takes it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (1: sbatch refused, 2: something that the user can mend)."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        recipe = load_with(options.recipe, options.overrides, options.settings)
+        jobs = jobs_of(recipe, options.nodes, options.time)
+        for job in jobs:
+            check_job(recipe, job.stages, job.nodes, options.gpus_per_node)
+            check_time(recipe, job, options.seconds_per_step)
+        # A planner's verdict (does each stage fit into its GPUs' memory, how long will it take) belongs here: recipe,
+        # jobs and ranks a node are known, and nothing has been submitted.
+        if options.dry_run:
+            show(recipe, jobs, options)
+            return 0
+        if shutil.which("sbatch") is None:
+            raise ConfigError("sbatch", None, "there is no such program on this machine",
+                              "Run this on a login node of the cluster, or add --dry-run")
+        return submit(recipe, jobs, options)
+    except MegakdError as error:
+        print(f"submit: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("recipe", type=Path)
+    top.add_argument("settings", nargs="*", metavar="key.key=value", help="settings laid over the recipe")
+    top.add_argument("--nodes", required=True, metavar="STAGE=N,...", help="nodes of each stage, or one number for all")
+    top.add_argument("--gpus-per-node", type=int, default=8, metavar="N",
+                     help="ranks on a node: one a GPU (device: cpu: processes); default: 8")
+    top.add_argument("--time", metavar="TIME", help="walltime as sbatch writes it, for all jobs or STAGE=TIME,... "
+                     "(a job takes that of its first named stage); default: the job script's")
+    top.add_argument("--seconds-per-step", type=float, metavar="S", help="for the check of the walltime, where the run "
+                     "has no metrics.jsonl yet")
+    top.add_argument("--overrides", type=Path, metavar="FILE", help="settings, one key.key=value a line")
+    top.add_argument("--container", metavar="IMAGE", help="run inside this image (pyxis and enroot)")
+    top.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch, "
+                     "written --sbatch=--partition=NAME (may be repeated)")
+    top.add_argument("--dry-run", action="store_true", help="print plan and commands, submit nothing")
+    return top
+
+
+# ------------------------------------------------------------------------------------------------------------ the jobs
+def jobs_of(recipe: Recipe, nodes: str, time: str | None) -> list[Job]:
+    """The jobs that `--nodes` and `--time` ask for.
+
+    Raises:
+        ConfigError: a stage that the recipe does not have, or not in this order; a number that is none; earlier stages
+            that are not done.
+    """
+    names = [stage.name for stage in recipe.stages]
+    wanted = by_stage("--nodes", nodes, names)
+    times = {} if time is None else by_stage("--time", time, names)
+    counts = {name: count_of(name, text) for name, text in wanted.items()}
+    first = names.index(next(iter(counts)))
+    for name in names[:first]:
+        if not is_done(recipe, name):
+            raise ConfigError("--nodes", nodes, f"leaves out the stage {name!r}, which comes before and is not done",
+                              f"Name it, too: {name}=N")
+    for name in times:
+        if names.index(name) < first:
+            raise ConfigError("--time", time, f"no job runs the stage {name!r}", "Leave it out, or name it in --nodes")
+    walltime = header("time")
+    for text in (*times.values(), walltime):
+        seconds_of(text)
+    jobs: list[Job] = []
+    for name in names[first:]:
+        count = counts[name] if name in counts else jobs[-1].nodes
+        if jobs and jobs[-1].nodes == count:
+            last = jobs.pop()
+            asked = [times[stage] for stage in (*last.stages, name) if stage in times]
+            jobs.append(Job((*last.stages, name), count, asked[0] if asked else walltime))
+        else:
+            jobs.append(Job((name,), count, times[name] if name in times else walltime))
+    return jobs
+
+
+def by_stage(option: str, text: str, known: Sequence[str]) -> dict[str, str]:
+    """The value of each stage that an option names; a value alone is every stage's."""
+    if "=" not in text:
+        return dict.fromkeys(known, text)
+    values: dict[str, str] = {}
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not equals or not value:
+            raise ConfigError(option, item, "is not of the form STAGE=VALUE", f"Write e.g. {known[0]}=...")
+        if name not in known:
+            raise ConfigError(option, name, "the recipe has no such stage", f"There are: {', '.join(known)}")
+        if name in values:
+            raise ConfigError(option, text, f"names the stage {name!r} twice", "Name it once")
+        values[name] = value
+    ordered = sorted(values, key=known.index)
+    if list(values) != ordered:
+        raise ConfigError(option, ", ".join(values), f"the recipe runs these stages as {', '.join(ordered)}",
+                          "Name them in this order")
+    return values
+
+
+def count_of(name: str, text: str) -> int:
+    """A number of nodes."""
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError("--nodes", f"{name}={text}", "has to be a whole number of at least 1", "Correct it")
+    return int(text)
+
+
+def header(name: str) -> str:
+    """The value of an `#SBATCH` line of the job script."""
+    found = re.search(rf"^#SBATCH --{name}=(\S+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise ConfigError(SCRIPT.name, None, f"has no line #SBATCH --{name}=", "Put it back")
+    return found[1]
+
+
+# -------------------------------------------------------------------------------------------------------- the walltime
+def seconds_of(time: str) -> float:
+    """A walltime in seconds: minutes, minutes:seconds, hours:minutes:seconds, or days- before hours, hours:minutes or
+    hours:minutes:seconds. Raises ConfigError."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ConfigError("--time", time, "is no walltime", "Write hours:minutes:seconds or days-hours")
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return ((int(found["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(parts) == 1:
+        return parts[0] * 60
+    *hours, minutes, seconds = parts
+    return (sum(hours) * 60 + minutes) * 60 + seconds
+
+
+def check_time(recipe: Recipe, job: Job, given: float | None) -> None:
+    """Refuses a walltime in which a training would not come to its first checkpoint, where the time of a step is known.
+
+    Args:
+        given: seconds a step; the stage's own `metrics.jsonl` is asked when None.
+    """
+    for stage in recipe.stages:
+        if stage.name not in job.stages or not isinstance(stage, TrainStage) or is_done(recipe, stage.name):
+            continue
+        seconds = given if given is not None else measured(recipe, stage.name)
+        if seconds is None:
+            continue
+        steps = stage.checkpoint_every if stage.steps is None else min(stage.checkpoint_every, stage.steps)
+        if (needed := steps * seconds) > seconds_of(job.time):
+            source = "--seconds-per-step" if given is not None else METRICS
+            fewer = int(seconds_of(job.time) // seconds)
+            fix = f"Give it at least {-int(-needed // 60)} minutes"
+            if fewer > 0:
+                fix += f", or write stages.{stage.name}.checkpoint_every={fewer} or less"
+            rule = (f"is shorter than the {steps} steps of {seconds:.1f} s ({source}) to the first checkpoint of stage "
+                    f"{stage.name}")
+            raise ConfigError("--time", job.time, rule, fix)
+
+
+def measured(recipe: Recipe, stage: str) -> float | None:
+    """The median time of the steps that a stage has made so far."""
+    file = recipe.output / "stages" / stage / METRICS
+    lines = read_metrics(file) if file.is_file() else []
+    return statistics.median(line["seconds"] for line in lines) if lines else None
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+def sbatch_command(recipe: Recipe, job: Job, after: str | None, options: argparse.Namespace) -> list[str]:
+    """The command that submits a job.
+
+    Args:
+        after: id of the job that has to end well before; if it fails, this one is cancelled rather than left waiting.
+    """
+    each = options.gpus_per_node
+    command = ["sbatch", "--parsable", f"--job-name={recipe.name}-{job.stages[0]}", f"--nodes={job.nodes}",
+               f"--ntasks-per-node={each}", f"--gpus-per-node={each if recipe.device == 'cuda' else 0}",
+               f"--time={job.time}", *options.sbatch]
+    if after is not None:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return [*command, str(SCRIPT), *script_arguments(job, options)]
+
+
+def script_arguments(job: Job, options: argparse.Namespace) -> list[str]:
+    """What the job script is given."""
+    words = ["--recipe", str(options.recipe)]
+    if options.overrides is not None:
+        words += ["--overrides", str(options.overrides)]
+    if options.container is not None:
+        words += ["--container", options.container]
+    for stage in job.stages:
+        words += ["--stage", stage]
+    return [*words, *options.settings]
+
+
+def submit(recipe: Recipe, jobs: Sequence[Job], options: argparse.Namespace) -> int:
+    """Submits the jobs and prints their ids; returns the exit status."""
+    after: str | None = None
+    for job in jobs:
+        done = subprocess.run(sbatch_command(recipe, job, after, options), capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"submit: sbatch refused the job for {', '.join(job.stages)}: {' '.join(done.stderr.split())}",
+                  file=sys.stderr)
+            if after is not None:
+                print(f"submit: the jobs printed above wait or run; scancel {after} ends the last", file=sys.stderr)
+            return 1
+        after = done.stdout.strip().partition(";")[0]
+        print(f"{after}  {', '.join(job.stages)} on {job.nodes} nodes, at most {job.time}", flush=True)
+    return 0
+
+
+def show(recipe: Recipe, jobs: Sequence[Job], options: argparse.Namespace) -> None:
+    """Prints each job's plan, its sbatch command and its srun line, which the job script itself says."""
+    for number, job in enumerate(jobs, start=1):
+        print(f"job {number}: {', '.join(job.stages)}")
+        print(shlex.join(sbatch_command(recipe, job, f"<job {number - 1}>" if number > 1 else None, options)))
+        done = subprocess.run(["bash", str(SCRIPT), "--dry-run", *script_arguments(job, options)], text=True,
+                              env=os.environ | dry_environment(job, options), stdout=subprocess.PIPE, check=True)
+        print(done.stdout)
+
+
+def dry_environment(job: Job, options: argparse.Namespace) -> Mapping[str, str]:
+    """What the job script would find in its environment."""
+    return {"SLURM_NNODES": str(job.nodes), "SLURM_NTASKS_PER_NODE": str(options.gpus_per_node),
+            "MEGAKD_PYTHON": sys.executable}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
