@@ -35,7 +35,7 @@ def roles_of(stage: AnyStage) -> tuple[str, ...]:
 
 
 def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
-    """Checks against the number of ranks the layouts of all stages, or of those in `only`.
+    """Checks the layouts of all stages, or of those in `only`, against the number of ranks and what they do in them.
 
     Raises:
         ConfigError: naming the role's or stage's field.
@@ -54,6 +54,23 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     for stage in stages:
         if isinstance(stage, TrainStage):
             _check_global_batch(recipe, stage, world)
+        for name in _answering_roles(stage):
+            if recipe.role(name).parallel.sequence:
+                rule = f"stage {stage.name} lets it answer, a token at a time, which cannot be cut along the sequence"
+                raise ConfigError(f"{name}.parallel.sequence", True, rule,
+                                  "Leave it out, or run this stage by itself with false (`--stage`)")
+
+
+def _answering_roles(stage: AnyStage) -> tuple[str, ...]:
+    """Roles in whose layouts models answer in a stage."""
+    match stage:
+        case GenerateStage():
+            return (stage.role,)
+        case EvalStage() | AnsweringStage():
+            return ("student",)
+        case TrainStage() if stage.online is not None:
+            return (stage.trains, "teacher") if stage.teacher_draws else (stage.trains,)
+    return ()
 
 
 def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:

@@ -102,10 +102,14 @@ class TrainStage(Stage):
                      if name in self.objective.inputs and getattr(self, name) is None)
 
     @property
+    def teacher_draws(self) -> bool:
+        """Whether the teacher draws answers, or tokens of them, while the stage trains."""
+        return "teacher_answers" in self.drawn_online or (self.online is not None and self.online.teacher_mix > 0)
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """Roles whose models take part besides the trained one: the objective's, and those that draw answers."""
-        draws = "teacher_answers" in self.drawn_online or (self.online is not None and self.online.teacher_mix > 0)
-        return tuple(dict.fromkeys((*self.objective.roles, *(("teacher",) if draws else ()))))
+        return tuple(dict.fromkeys((*self.objective.roles, *(("teacher",) if self.teacher_draws else ()))))
 
 
 class GenerateStage(Stage):
