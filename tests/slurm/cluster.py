@@ -152,8 +152,8 @@ class Cluster:
 
     # ---------------------------------------------------------------------------------------------------------- using
     def command(self, *words: str) -> str:
-        """Runs one of SLURM's programs; returns what it printed. One that only looks is tried again: on a machine that is
-        very busy the controller may not answer."""
+        """Runs one of SLURM's programs; returns what it printed. One that only looks is tried again: on a machine that
+        is very busy the controller may not answer."""
         for tries_left in (2, 1, 0):
             done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
             if done.returncode == 0 or words[0] not in ("scontrol", "squeue", "sinfo") or not tries_left:
