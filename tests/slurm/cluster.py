@@ -139,14 +139,17 @@ class Cluster:
                 daemon.send_signal(signal.SIGTERM)
         psutil.wait_procs(self.daemons, timeout=20)
         for process in self._own_processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _own_processes(self) -> list[psutil.Process]:
         """The daemons, and the processes of jobs: these are no children of slurmd, but have our SLURM_CONF."""
         own = [daemon for daemon in self.daemons if daemon.is_running()]
+        sign = f"SLURM_CONF={self.environment['SLURM_CONF']}\0".encode()
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # it has ended meanwhile
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"] and process not in own:
+            # psutil's own reading ends at the first gap, and slurmstepd writes its title over the beginning.
+            with suppress(OSError):  # the process has ended meanwhile
+                if sign in Path(f"/proc/{process.pid}/environ").read_bytes() and process not in own:
                     own.append(process)
         return own
 
