@@ -148,8 +148,11 @@ class Cluster:
         sign = f"SLURM_CONF={self.environment['SLURM_CONF']}\0".encode()
         for process in psutil.process_iter():
             # psutil's own reading ends at the first gap, and slurmstepd writes its title over the beginning.
-            with suppress(OSError):  # the process has ended meanwhile
-                if sign in Path(f"/proc/{process.pid}/environ").read_bytes() and process not in own:
+            with suppress(OSError, psutil.NoSuchProcess):  # it has ended meanwhile
+                environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+                # Not the shell of somebody who looks at this cluster.
+                of_a_job = b"SLURM_JOB_ID=" in environment or process.name() == "slurmstepd"
+                if sign in environment and of_a_job and process not in own:
                     own.append(process)
         return own
 
