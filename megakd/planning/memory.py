@@ -4,8 +4,8 @@ It is what the allocator has handed out (`torch.cuda.max_memory_allocated` on a 
 holds besides (CUDA's context, NCCL's buffers, blocks that the allocator keeps but nobody uses) is the cluster
 description's `reserved_gib` and the plan's margin.
 
-It is within 5 % of what tiny models take (tests/mcore/test_planning.py), but for sequence parallelism, where the measured
-numbers themselves differ from run to run by more.
+It is within 5 % of what tiny models take (tests/mcore/test_planning.py), but for sequence parallelism, where the
+measured numbers themselves differ from run to run by more.
 
 Legend of the formulas: h hidden, q query heads x head size, k key heads x head size, f MLP width; all on one rank.
 """
