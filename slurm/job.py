@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megakd.cli import check_stage_names
 from megakd.config import Recipe, dump, load
 from megakd.config_checks import check_world, roles_of
 from megakd.disk import write_text_atomic
@@ -85,10 +86,7 @@ def check_job(recipe: Recipe, stages: Sequence[str], nodes: int, ranks_per_node:
         ConfigError: there is no such stage; fewer ranks than one copy of a model takes, or a number of them that its
             layout or a stage's batch does not divide.
     """
-    known = [stage.name for stage in recipe.stages]
-    for name in stages:
-        if name not in known:
-            raise ConfigError("--stage", name, "the recipe has no such stage", f"There are: {', '.join(known)}")
+    check_stage_names(recipe, "--stage", stages)
     world = nodes * ranks_per_node
     for stage in recipe.stages:
         for role in roles_of(stage) if not stages or stage.name in stages else ():

@@ -15,11 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megakd.hf.pieces import Shard
-from megakd.planning.setup import TrainingSetup
+from megakd.planning.setup import STATISTICS_BYTES, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
-
-STATISTICS_BYTES = 4
-"""Losses, gradients and optimizer states are float32."""
 
 
 @dataclass(frozen=True)

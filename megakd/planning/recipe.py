@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megakd.batch import Kind, Padding, Step
+from megakd.check import architecture_of
 from megakd.config import Recipe
 from megakd.config_objectives import (
     AdpaObjective,
@@ -13,7 +14,6 @@ from megakd.config_objectives import (
     SftObjective,
 )
 from megakd.config_stages import TrainStage
-from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
 from megakd.objectives.base import Requires
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
@@ -47,8 +47,7 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
 
 def _role_setup(recipe: Recipe, role: str, model: str, world: int) -> RoleSetup:
     settings = recipe.role(role)
-    architecture = Architecture.read(recipe.path_of_model(model))
-    return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute)
+    return RoleSetup(architecture_of(recipe, model), settings.parallel, world, settings.micro_batch, settings.recompute)
 
 
 FP8_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}

@@ -12,6 +12,9 @@ from megakd.hf.pieces import Shard, stage_shards
 from megakd.layout import Layout
 from megakd.planning.work import StepWork
 
+STATISTICS_BYTES = 4
+"""Of a number in losses, gradients and optimizer states: they are float32."""
+
 
 @dataclass(frozen=True)
 class RoleSetup:

@@ -12,12 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import head_columns, shard_parameters
 from megakd.planning.work import RoleWork
-
-FLOAT = 4
-"""Bytes of a number in gradients and losses."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
         calls += [Call("all_gather", "tensor", tensor, size, gathers * micro_batches, f"{name}: layers"),
                   Call("reduce_scatter", "tensor", tensor, size, scatters * micro_batches, f"{name}: layers")]
         if training:
-            norms = (2 * layers + last) * role.architecture.hidden_size * FLOAT
+            norms = (2 * layers + last) * role.architecture.hidden_size * STATISTICS_BYTES
             calls.append(Call("all_reduce", "tensor", tensor, norms, 1, f"{name}: gradients of norms"))
     else:
         reduces = layers * (2 + (2 if training else 0) + made_again) + first
@@ -94,7 +91,8 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
     chunks = stages * role.parallel.virtual_pipeline
     parts = [pipeline_rank + number * stages for number in range(role.parallel.virtual_pipeline)]
     onward, back = sum(part < chunks - 1 for part in parts), sum(part > 0 for part in parts)
-    sends, receives = (onward + back, back + onward) if training else (onward, back)
+    # A training's activations go onward and their gradients back over the same links.
+    sends, receives = (onward + back,) * 2 if training else (onward, back)
     calls += [Call("send", "pipeline", stages, message, sends * micro_batches, f"{name}: activations"),
               Call("receive", "pipeline", stages, message, receives * micro_batches, f"{name}: activations")]
     return calls
@@ -127,10 +125,10 @@ def _loss_calls(setup: TrainingSetup) -> list[Call]:
     for loss in setup.losses:
         rows = [each.rows(loss.kinds) for each in work.micro_batches]
         chunks = sum(math.ceil(each / setup.chunk_tokens) for each in rows)
-        statistics = (loss.models + loss.sums) * FLOAT * sum(rows)
+        statistics = (loss.models + loss.sums) * STATISTICS_BYTES * sum(rows)
         calls.append(Call("all_reduce", "tensor", tensor, statistics / (2 * chunks), 2 * chunks, "loss: statistics"))
         if loss.gradient != "none":
-            size = sum(rows) * hidden * FLOAT
+            size = sum(rows) * hidden * STATISTICS_BYTES
             calls.append(Call("all_reduce", "tensor", tensor, size / chunks, chunks, "loss: d(hidden)"))
     return calls
 
@@ -142,12 +140,12 @@ def _gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:
     shards = trained.shards(pipeline_rank, setup.spec)
     parameters = sum(shard_parameters(trained.architecture, shard) for shard in shards)
     calls = [
-        Call("reduce_scatter", "data", replicas, parameters * FLOAT, 1, "gradients"),
+        Call("reduce_scatter", "data", replicas, parameters * STATISTICS_BYTES, 1, "gradients"),
         Call("all_gather", "data", replicas, parameters * setup.parameter_bytes, 1, "parameters"),
     ]
     stages = trained.parallel.pipeline
     if trained.architecture.tied_embeddings and stages > 1 and pipeline_rank in (0, stages - 1):
         rows = head_columns(trained.architecture, trained.parallel.tensor)
-        calls.append(Call("all_reduce", "tied", 2, rows * trained.architecture.hidden_size * FLOAT, 1,
+        calls.append(Call("all_reduce", "tied", 2, rows * trained.architecture.hidden_size * STATISTICS_BYTES, 1,
                           "gradient of the tied embedding"))
     return calls

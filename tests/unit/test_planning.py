@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from megakd.batch import Group, Kind, Padding, Sample, Step
-from megakd.config import Parallel
+from megakd.config import Parallel, parse
 from megakd.hf.families import Architecture
 from megakd.layout import Layout
-from megakd.planning.setup import RoleSetup
+from megakd.planning.recipe import setup_of_stage
+from megakd.planning.setup import LossCall, RoleSetup
 from megakd.planning.sizes import layer_flops, layer_widths, model_flops, parameter_count, shard_parameters
 from megakd.planning.work import Lengths, work_of_lengths, work_of_step
+from tests.recipes import stage, tiny_recipe
 
 
 def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tied=False) -> Architecture:
@@ -86,8 +88,8 @@ def in_flight(stages: int, stage: int, chunks: int, micro_batches: int) -> int:
 @pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 5)])
 def test_micro_batches_under_way(stages, chunks, micro_batches):
     setup = RoleSetup(LLAMA_70B, Parallel(pipeline=stages, virtual_pipeline=chunks), stages, 1)
-    for stage in range(stages):
-        assert setup.warmup(stage, micro_batches) == in_flight(stages, stage, chunks, micro_batches)
+    for number in range(stages):
+        assert setup.warmup(number, micro_batches) == in_flight(stages, number, chunks, micro_batches)
 
 
 def step_of(groups: int, prompt: int, answer: int) -> Step:
@@ -119,3 +121,21 @@ def test_filling_counts_as_work():
     assert plain.roles["student"].sum("tokens") == 20 and filled.roles["student"].sum("tokens") == 32
     assert filled.roles["student"].sum("pairs") == plain.roles["student"].sum("pairs") + 12 * 13 / 2
     assert plain.roles["student"].sum("all_rows") == filled.roles["student"].sum("all_rows") == 8
+
+
+def test_a_stage_of_a_recipe(tmp_path):
+    raw = tiny_recipe(tmp_path)
+    raw["student"]["recompute"] = "full"
+    recipe = parse(raw)
+    made = {each.name: setup_of_stage(recipe, each, 2, Lengths(20, 10)) for each in recipe.stages
+            if each.name in ("dckd", "adpa")}
+    trained = made["dckd"].trained
+    assert (trained.parallel, trained.micro_batch, trained.recompute) == (
+        recipe.student.parallel, recipe.student.micro_batch, "full")
+    assert trained.architecture == Architecture.read(recipe.student.model) and trained.world == 2
+    assert list(made["dckd"].teachers) == ["teacher"] and set(made["adpa"].teachers) == {"teacher", "reference"}
+    assert made["adpa"].teachers["reference"].parallel == recipe.reference.parallel
+    both = (Kind.CHOSEN, Kind.REJECTED)
+    assert made["dckd"].losses == (LossCall(2, 5, both, "forward"),)
+    assert made["dckd"].work.tokens == stage(raw, "dckd")["global_batch"] * 2 * 30
+    assert (made["dckd"].device, made["dckd"].dtype, made["dckd"].spec) == ("cpu", "fp32", "local")
