@@ -165,10 +165,11 @@ def show_result(recipe: Recipe) -> None:
 def plan_command(options: argparse.Namespace) -> int:
     """`megakd plan`."""
     from megakd.planning.cluster import cluster_named
-    from megakd.planning.nodes import nodes_of_stages
+    from megakd.planning.nodes import check_device, nodes_of_stages
 
     recipe = load(options.recipe, tuple(options.overrides))
     cluster = cluster_named(options.cluster)
+    check_device(recipe, cluster)
     nodes = None if options.nodes is None else nodes_of_stages(recipe, options.nodes)
     # Imported late: a mistake is told before torch is loaded.
     from megakd.planning.lengths import given_lengths

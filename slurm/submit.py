@@ -31,7 +31,7 @@ from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError, MegakdError
 from megakd.log import METRICS, read_metrics
 from megakd.planning.cluster import cluster_named
-from megakd.planning.nodes import by_stage, nodes_of_stages
+from megakd.planning.nodes import by_stage, check_device, nodes_of_stages
 
 SCRIPT = Path(__file__).resolve().with_name("adpa_70b_to_7b.sbatch")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seconds-per-step", type=float, metavar="S", help="for the check of the walltime, where the run "
                      "has no metrics.jsonl yet")
     top.add_argument("--cluster", metavar="C", help="plan the trainings on this cluster first, as `megakd plan` does: "
-                     "what does not fit into its GPUs is refused, and the predicted time of a step is what the walltime "
-                     "is checked with where no other is known")
+                     "what does not fit into its GPUs is refused, and the walltime is checked with the predicted time "
+                     "of a step where no other is known")
     top.add_argument("--prompt-tokens", type=float, metavar="P", help="for --cluster: mean length of the prompts; "
                      "measured in the data when left out")
     top.add_argument("--answer-tokens", type=float, metavar="A", help="for --cluster: mean length of the answers")
@@ -168,11 +168,11 @@ def planned_seconds(recipe: Recipe, jobs: Sequence[Job], options: argparse.Names
                                   "is what a plan is made with, and there is none", "Add --cluster, or leave it out")
         return {}
     cluster = cluster_named(options.cluster)
+    check_device(recipe, cluster)
     # Imported late: it loads torch.
     from megakd.planning.lengths import given_lengths
-    from megakd.planning.plan import check_device, plan_training
+    from megakd.planning.plan import plan_training
 
-    check_device(recipe, cluster)
     lengths = given_lengths(options.prompt_tokens, options.answer_tokens)
     seconds = {}
     for job in jobs:

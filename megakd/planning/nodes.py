@@ -1,4 +1,4 @@
-"""How many nodes each stage of a recipe gets, and whether its layouts can run there. Imports no torch."""
+"""How many nodes of a cluster each stage of a recipe gets, and whether it can run there. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megakd.config import Recipe
 from megakd.config_checks import check_world, roles_of
 from megakd.config_stages import AnyStage
 from megakd.errors import ConfigError
+from megakd.planning.cluster import Cluster
 
 
 def by_stage(option: str, text: str, known: Sequence[str]) -> dict[str, str]:
@@ -70,3 +71,10 @@ def check_nodes(recipe: Recipe, stages: Sequence[AnyStage], nodes: int, ranks_pe
                         f"stage {stage.name}: tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context}")
                 raise ConfigError("--nodes", nodes, rule, f"Give it at least {least} nodes, or lower {role}.parallel")
     check_world(recipe, world, [stage.name for stage in stages])
+
+
+def check_device(recipe: Recipe, cluster: Cluster) -> None:
+    """Refuses a cluster of another kind of device than the recipe's. Raises ConfigError."""
+    if recipe.device != cluster.device_type:
+        raise ConfigError("device", recipe.device, f"{cluster.name} has devices of type {cluster.device_type}",
+                          f"Write device={cluster.device_type}, or name another cluster")

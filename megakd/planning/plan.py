@@ -78,23 +78,15 @@ def plan_recipe(recipe: Recipe, cluster: Cluster, nodes: Mapping[str, int] | Non
 
     Raises:
         ConfigError: a stage cannot run on these nodes or does not fit into their memory, with the smallest change that
-            helps; the cluster is of another kind of device; lengths are neither given nor can be measured.
+            helps; lengths are neither given nor can be measured.
         ModelError: a model's config.json is missing or not supported.
     """
-    check_device(recipe, cluster)
     plans = []
     for stage in recipe.stages:
         if isinstance(stage, TrainStage) and (nodes is None or stage.name in nodes):
             plans.append(plan_training(recipe, stage, cluster, None if nodes is None else nodes[stage.name],
                                        cluster.devices_per_node, lengths, best))
     return plans
-
-
-def check_device(recipe: Recipe, cluster: Cluster) -> None:
-    """Refuses a cluster of another kind of device than the recipe's. Raises ConfigError."""
-    if recipe.device != cluster.device_type:
-        raise ConfigError("device", recipe.device, f"{cluster.name} has devices of type {cluster.device_type}",
-                          f"Write device={cluster.device_type}, or name another cluster")
 
 
 def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: int | None, ranks_per_node: int,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
-from itertools import product
+from itertools import product, zip_longest
 
 from megakd.batch import Kind
 from megakd.config import Parallel
@@ -159,12 +159,14 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
     if not students:
         return []
     options = teachers_options(question, cluster, limits, students)
+    if not all(options.values()):
+        return []  # a teacher that fits nowhere even alone
     found: list[Candidate] = []
     if BESIDE in limits.placements or not options:
         fronts = {role: pareto(each, _costs) for role, each in options.items()}
         found += _best(question, cluster, limits, _student_options(question, cluster, students, fronts),
                        beside(fronts), {})
-    if BEFORE in limits.placements and options and question.signal is not None and all(options.values()):
+    if BEFORE in limits.placements and options and question.signal is not None:
         quickest = {role: min(each, key=lambda option: option.forward) for role, each in options.items()}
         scoring = {role: Scoring(option.role, option.forward, question.signal_bytes(role))
                    for role, option in quickest.items()}
@@ -172,7 +174,7 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
                        scoring)
     found.sort(key=_order)
     with_reasons = [replace(one, reason=why(one, other, question.trains))
-                    for one, other in zip(found, [*found[1:], None], strict=True)]
+                    for one, other in zip_longest(found, found[1:])]
     of_each = [[each for each in with_reasons if bool(each.scoring) == scored][: limits.best]
                for scored in (False, True)]
     return sorted((each for some in of_each for each in some), key=_order)
