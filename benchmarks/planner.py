@@ -212,7 +212,8 @@ def save(folder: Path, rows: Sequence[dict], clusters: dict[int, Cluster]) -> No
         "cases": list(rows),
     })
     head = ["| configuration (student of teacher, layouts) | ranks | s a step, median | planned | error "
-            "| MiB, fullest rank | error of memory, furthest rank | bytes of messages |", "|---|---|---|---|---|---|---|---|"]
+            "| MiB, fullest rank | error of memory, furthest rank | bytes of messages |",
+            "|---|---|---|---|---|---|---|---|"]
     (folder / "planner.md").write_text("\n".join([*head, *map(line_of, rows)]) + "\n", encoding="utf-8")
 
 

@@ -12,9 +12,6 @@ from megakd.config_base import Section
 from megakd.config_errors import as_config_error
 from megakd.errors import ConfigError
 
-FOLDER = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
-"""The descriptions that come with the project; they are named without folder and suffix."""
-
 
 class Rates(Section):
     """Rate of matrix products: peak x efficiency x side / (side + half_side), of the shortest side of a product."""
@@ -91,34 +88,25 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _says_where_from(self) -> Cluster:
-        known = {*Cluster.model_fields, *(f"device.{name}" for name in Device.model_fields)} - {"sources"}
-        known |= {f"device.rates.{name}" for name in self.device.rates}
         for field in self.sources:
-            if field not in known:
-                raise ValueError(f"sources names {field!r}, which is no field")
+            place: Any = self.model_dump()
+            for part in field.split("."):
+                if not isinstance(place, dict) or part not in place:
+                    raise ValueError(f"sources names {field!r}, which is no field")
+                place = place[part]
         return self
 
 
-def cluster_path(name: Path | str) -> Path:
-    """The file of a description: a path, or the name of one that comes with the project."""
-    file = Path(name)
-    known = FOLDER / f"{name}.yaml"
-    return known if not file.exists() and file.name == str(name) and known.is_file() else file
-
-
-def load_cluster(name: Path | str) -> Cluster:
+def load_cluster(path: Path | str) -> Cluster:
     """Reads a cluster's description.
-
-    Args:
-        name: its path, or the name of one of slurm/clusters/, such as `h100`.
 
     Raises:
         ConfigError: no such file, no YAML mapping, an unknown field or a value that cannot be.
     """
-    file = cluster_path(name)
+    file = Path(path)
     if not file.is_file():
-        names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
-        raise ConfigError("cluster", str(name), "there is no such file", f"Give a file's path, or one of: {names}")
+        raise ConfigError("cluster", str(path), "there is no such file",
+                          "Give a description such as those in slurm/clusters/")
     try:
         raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -129,4 +117,23 @@ def load_cluster(name: Path | str) -> Cluster:
     try:
         return Cluster.model_validate(raw)
     except ValidationError as error:
-        raise as_config_error(error, Cluster, raw) from error
+        found = as_config_error(error, Cluster, raw, "the file")
+        raise ConfigError(f"{path}: {found.field}", found.value, found.rule, found.fix) from error
+
+
+DESCRIPTIONS = Path(__file__).parents[2] / "slurm" / "clusters"
+
+
+def cluster_named(name: str) -> Cluster:
+    """The cluster of a file, or of a file in slurm/clusters/ by its bare name, such as `h100`.
+
+    Raises:
+        ConfigError: as `load_cluster`; no such file, with the names that there are.
+    """
+    described = {file.stem: file for file in sorted(DESCRIPTIONS.glob("*.yaml"))}
+    if name in described:
+        return load_cluster(described[name])
+    if not Path(name).is_file():
+        known = f"one of {', '.join(described)} or the path of a file" if described else "the path of a file"
+        raise ConfigError("--cluster", name, "there is no such file", f"Give {known} (docs/cluster.md)")
+    return load_cluster(name)

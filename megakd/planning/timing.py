@@ -166,7 +166,7 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
     columns = head_columns(trained.architecture, trained.parallel.tensor)
     # Heads stay in the parameters' own dtype when layers are FP8.
     dtype = "bf16" if setup.dtype == "fp8" else setup.dtype
-    teachers = [teacher.architecture.hidden_size for teacher in setup.teachers.values()]
+    teachers = [architecture.hidden_size for architecture in setup.heads.values()]
     for call in setup.losses:
         rows = micro.rows(call.kinds)
         if rows == 0:
