@@ -11,6 +11,7 @@ measurement can be told (the processor does not count while a rank waits for a m
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections import Counter
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     top.add_argument("--repeats", type=int, default=7, help="timed steps (default: 7)")
     top.add_argument("--only", nargs="*", metavar="NAME", help="these configurations alone")
     options = top.parse_args(arguments)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `megakd run` does; the ranks inherit it
     clusters = {1: load_cluster(options.one), 2: load_cluster(options.two)}
     rows = []
     with TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def measured_cluster(world: World) -> Cluster:
     """This machine's description. Collective over the world."""
     kind = world.device.type
     rates = {name: fitted(products(world, dtype), min) for name, dtype in DTYPES[kind].items()}
-    attention = fitted(attentions(world, torch.float32 if kind == "cpu" else torch.bfloat16), max)
+    attention = fitted(attentions(world, torch.float32 if kind == "cpu" else torch.bfloat16), itemgetter(0))
     forward_us, backward_us, step_ms = fixed_times(world)
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else world.size
     node, network = links(world, local)
@@ -175,10 +176,13 @@ def fitted(points: Sequence[tuple[int, int, int, float]], side: Callable[[Sequen
     a, b = sum(x for x, _ in rows), sum(y for _, y in rows)
     determinant = aa * bb - ab * ab
     inverse, slope = ((a * bb - b * ab) / determinant, (aa * b - ab * a) / determinant)
+    if inverse <= 0:  # in few and unsteady points the rate may grow faster than the side: the best of them is the best
+        inverse = 1 / max(rate for *_, rate in points)
+        slope = (b - inverse * ab) / bb
     if slope < 0:  # no loss at short sides
         inverse, slope = a / aa, 0.0
-    peak = max(rate for *_, rate in points)
-    best = min(peak, 1 / inverse)
+    best = 1 / inverse
+    peak = max(best, *(rate for *_, rate in points))
     return {"peak_tflops": round(peak, 6), "efficiency": round(best / peak, 4), "half_side": round(slope / inverse, 1),
             "measured": [list(point) for point in points]}
 

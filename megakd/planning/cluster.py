@@ -17,7 +17,7 @@ class Rates(Section):
     """Rate of matrix products: peak x efficiency x side / (side + half_side), of the shortest side of a product."""
 
     peak_tflops: float = Field(gt=0)
-    """Dense products, 10^12 operations a second: what the maker says, or the best that was measured."""
+    """Dense products, 10^12 operations a second: what the maker says, or the best of what was measured and fitted."""
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak that very large products reach."""
     half_side: float = Field(ge=0)
