@@ -86,6 +86,19 @@ class Cluster(Section):
     sources: dict[str, str]
     """Field -> where its figure comes from."""
 
+    def link(self, span: int) -> Link:
+        """The slowest link among `span` neighbouring devices.
+
+        Raises:
+            ConfigError: the description has no such link.
+        """
+        field = "node_link" if span <= self.devices_per_node else "network_link"
+        found = self.node_link if field == "node_link" else self.network_link
+        if found is None:
+            rule = f"{span} neighbouring devices of {self.name}, {self.devices_per_node} a node, talk over it"
+            raise ConfigError(field, None, rule, "Add it to the description, or calibrate on so many devices")
+        return found
+
     @model_validator(mode="after")
     def _says_where_from(self) -> Cluster:
         for field in self.sources:

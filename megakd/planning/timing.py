@@ -89,14 +89,17 @@ def call_seconds(cluster: Cluster, call: Call, link: Link) -> float:
 
 
 def link_of(cluster: Cluster, role: RoleSetup, axis: str) -> Link:
-    """The slowest link on an axis of a role's layout: neighbours share a node (`layout.py`)."""
+    """The slowest link on an axis of a role's layout: neighbours share a node (`layout.py`).
+
+    Raises:
+        ConfigError: as `Cluster.link`.
+    """
     layout = role.layout
     stride = {"tensor": 1, "data": layout.tensor * layout.context, "pipeline": layout.world // layout.pipeline,
               "tied": layout.world // layout.pipeline, "world": 1}[axis]
     size = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline, "tied": layout.pipeline,
             "world": layout.world}[axis]
-    within = stride * size <= cluster.devices_per_node or cluster.network_link is None
-    return cluster.node_link if within else cluster.network_link
+    return cluster.link(stride * size)
 
 
 def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: str, pipeline_rank: int,
