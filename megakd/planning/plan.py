@@ -6,7 +6,7 @@ Needs the models' config.json; of data and tokenizer only where lengths are to b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,10 +105,10 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     own = Candidate(cluster, setup_of_stage(recipe, stage, question.world, mean))
     if not own.fits:
         raise does_not_fit(recipe, stage, question, own)
-    found = search(question, cluster, Limits(best=best)) if best > 0 else []
+    found = tuple(search(question, cluster, Limits(best=best)) if best > 0 else ())
     longest = Candidate(cluster, setup_of_stage(recipe, stage, question.world, longest_of(recipe, mean)))
-    return TrainingPlan(stage, nodes, question, own, longest.memory.total, tuple(found),
-                        notes_on(recipe, stage, own, longest))
+    return TrainingPlan(stage, nodes, question, own, longest.memory.total, found,
+                        notes_on(recipe, stage, found, longest))
 
 
 def check_models(recipe: Recipe, stage: TrainStage) -> None:
@@ -179,8 +179,9 @@ def _other_ways(question: Question, own: Candidate) -> str:
         ", with the teachers scored beforehand" if quickest.scoring else "")
 
 
-def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate, longest: Candidate) -> tuple[str, ...]:
-    """What a reader of a plan has to know besides."""
+def notes_on(recipe: Recipe, stage: TrainStage, found: Sequence[Candidate], longest: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides: of the layouts found, and of the recipe's own with the longest
+    sequences."""
     notes = []
     if not longest.fits:
         notes.append(f"memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = "
@@ -189,7 +190,7 @@ def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate, longest: Candida
     if stage.online is not None:
         notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
     answers = [other.name for other in recipe.stages if stage.trains in answering_roles(other) and other != stage]
-    if answers and not own.setup.trained.parallel.sequence:
+    if answers and any(each.setup.trained.parallel.sequence for each in found):
         notes.append(f"{stage.trains}.parallel.sequence=true is for this stage by itself (--stage {stage.name}): in "
                      f"{', '.join(answers)} the {stage.trains} answers")
     return tuple(notes)

@@ -28,6 +28,7 @@ from tests.planning_cases import LLAMA_8B, LLAMA_70B, cluster_fields, write_clus
 from tests.recipes import stage, tiny_recipe, write_recipe
 
 RECIPE = Path(__file__).parents[2] / "slurm" / "adpa_70b_to_7b.yaml"
+EXAMPLES = RECIPE.parents[1] / "examples"
 GIVEN = ("--prompt-tokens", "300", "--answer-tokens", "300")
 
 
@@ -85,10 +86,13 @@ def stage_of(recipe, name):
 
 
 def test_a_plan_says_what_it_leaves_out(capsys):
-    text = plan(capsys, RECIPE, "--cluster", "h100", "--nodes", "adpa=2", "--best", "0", *GIVEN)
-    assert "dckd (distill" not in text and "the best layouts" not in text
+    arguments = (RECIPE, "--cluster", "h100", "--nodes", "adpa=2", *GIVEN)
+    text = plan(capsys, *arguments, "--best", "0")
+    assert "dckd (distill" not in text and "the best layouts" not in text and "note: student" not in text
     assert "adpa (distill: adpa), 2 nodes = 16 GPUs\n" in text
-    assert "student.parallel.sequence=true is for this stage by itself (--stage adpa): in generate, eval" in text
+    text = plan(capsys, *arguments, "--best", "4")
+    assert "student.parallel.sequence=true" in text.partition("note: ")[0]
+    assert "note: student.parallel.sequence=true is for this stage by itself (--stage adpa): in generate, eval" in text
 
 
 def test_without_nodes_a_stage_gets_the_fewest_that_it_fits_on(capsys):
@@ -124,6 +128,22 @@ def test_a_training_by_tokens_and_one_that_draws_answers(tmp_path):
     assert any("online" in note for note in plans["adpa"].notes)
     text = describe(recipe, cluster, list(plans.values()), given_lengths=True, given_nodes=False)
     assert "dpo (dpo: dpo), 1 node = 2 GPUs" in text and "    teacher      TP1 x PP2 x DP1, micro-batch 2" in text
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/recipe.yaml")), ids=lambda file: file.parent.name)
+def test_the_trainings_of_every_example_can_be_planned(monkeypatch, file):
+    monkeypatch.setattr("megakd.planning.recipe.architecture_of", lambda recipe, model: LLAMA_8B)
+    cluster = cluster_named("h100")
+    roomy = cluster.device.model_copy(update={"memory_gib": 300.0})
+    cluster = cluster.model_copy(update={"devices_per_node": 2, "device": roomy})
+    recipe = load(file, ("device=cuda", "precision=bf16"))
+    plans = plan_recipe(recipe, cluster, None, Lengths(60, 60), 1)
+    assert [each.stage.name for each in plans] == [each.name for each in recipe.stages if hasattr(each, "objective")]
+    for each in plans:
+        assert each.own.fits and each.best and each.best[0].seconds <= each.own.seconds
+        stored = each.stage.objective.signal_kinds and each.stage.online is None
+        assert any(found.scoring for found in each.best) == bool(stored and each.question.teachers)
+    assert describe(recipe, cluster, plans, given_lengths=True, given_nodes=False).count("throughput") >= 2 * len(plans)
 
 
 # ------------------------------------------------------------------------------------------------------------- lengths
