@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megakd.hf.pieces import Shard
-from megakd.planning.setup import STATISTICS_BYTES, TrainingSetup
+from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
 
 GATHERED = "gathered sequence's buffer"
@@ -79,10 +79,12 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
 
 
 def _gather_buffer(setup: TrainingSetup) -> float:
-    """megatron-core's one buffer for the sequences that its linears gather; Transformer Engine's make one each time."""
-    roles = {"student": setup.trained, **setup.teachers}
-    return max((setup.work.roles[name].most("tokens") / role.parallel.context * role.architecture.hidden_size
-                * setup.parameter_bytes for name, role in roles.items() if role.parallel.sequence), default=0.0)
+    """megatron-core's one buffer for the sequences that the trained model's linears gather; frozen ones and Transformer
+    Engine's make one each time."""
+    if not setup.trained.parallel.sequence:
+        return 0.0
+    tokens = setup.work.roles["student"].most("tokens") / setup.trained.parallel.context
+    return tokens * setup.trained.architecture.hidden_size * setup.parameter_bytes
 
 
 def _model_states(setup: TrainingSetup, parameters: int) -> dict[str, float]:
@@ -220,9 +222,24 @@ def _signals(setup: TrainingSetup) -> dict[str, float]:
 def _teacher_phase(setup: TrainingSetup, role: str) -> dict[str, float]:
     """A teacher's forward pass: the widest moment of a layer, and the rows that it has collected."""
     teacher, work = setup.teachers[role], setup.work.roles[role]
-    widths = layer_widths(teacher.architecture, teacher.parallel.tensor)
-    # Both halves of the MLP, their activation, one half with its offset and the product; the residual stream twice.
-    numbers = work.most("tokens") * (5 * widths.ffn + 2 * widths.hidden)
-    rows = work.sum("all_rows") * widths.hidden
-    return {f"{role}: forward": numbers * setup.parameter_bytes,
+    rows = work.sum("all_rows") * teacher.architecture.hidden_size
+    tokens = work.most("tokens") / teacher.parallel.context
+    return {f"{role}: forward": forward_bytes(setup, teacher, tokens, streams=5),
             f"{role}: rows to send": 3 * rows * setup.parameter_bytes}
+
+
+def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams: int) -> float:
+    """The widest moment of a forward pass without gradients, in the MLP: both halves, their activation, one half with
+    its offset and the product; and the angles of the positions.
+
+    Args:
+        setup: says the dtype.
+        role: whose pass.
+        tokens: positions on a rank.
+        streams: tensors of the residual stream's size: a layer's input, what its attention gave, the sum of both and
+            its norm; under megatron-core's schedules also what the micro-batch before gave.
+    """
+    widths = layer_widths(role.architecture, role.parallel.tensor)
+    hidden = widths.hidden / (role.parallel.tensor if role.parallel.sequence else 1)
+    numbers = 5 * widths.ffn + streams * hidden
+    return tokens * (numbers * setup.parameter_bytes + widths.head_dim * STATISTICS_BYTES)

@@ -29,8 +29,8 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
     """
     assert (lengths is None) != (step is None), "one of the two says what a step holds"
     requires = build_objective(stage.objective).requires
-    trained = _role_setup(recipe, stage.trains, stage.init, world)
-    teachers = {role: _role_setup(recipe, role, recipe.teacher_model(stage, role), world)
+    trained = role_setup(recipe, stage.trains, stage.init, world)
+    teachers = {role: role_setup(recipe, role, recipe.teacher_model(stage, role), world)
                 for role in requires.teachers if role not in stage.signals.stages}
     roles = {"student": trained, **teachers}
     teacher_kinds = {role: requires.teacher_kinds[role] for role in teachers}
@@ -45,7 +45,8 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
                          recipe.precision.dtype, recipe.device)
 
 
-def _role_setup(recipe: Recipe, role: str, model: str, world: int) -> RoleSetup:
+def role_setup(recipe: Recipe, role: str, model: str, world: int) -> RoleSetup:
+    """A model in a role's layout. Raises ModelError where its config.json is missing or not supported."""
     settings = recipe.role(role)
     return RoleSetup(architecture_of(recipe, model), settings.parallel, world, settings.micro_batch, settings.recompute)
 

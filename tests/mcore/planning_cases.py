@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,13 @@ from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.mcore.cases import Distillation, Job
+from megakd.batch import Step
+from megakd.config import Parallel
+from megakd.mcore.model import PipelineDecoder, evaluating, freeze
+from megakd.mcore.step import forward_hidden
+from megakd.objectives.base import LossContext, RoleOutput
+from megakd.rollout import Prompt, Sampling, generate
+from tests.mcore.cases import CPU, Distillation, Job, build
 
 OPERATIONS = {
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "allgather_into_tensor_coalesced_": "all_gather",
@@ -30,6 +37,8 @@ PATIENCE = 0.002
 """Seconds in which gloo's thread lets go of a collective that is done."""
 HELD_BY_GLOO = ("all", "reduce", "broadcast")
 """How the names of collectives begin among a process group's methods."""
+LONGEST = 128
+"""Positions that the tiny models have."""
 FEW = 32
 """Bytes of a call that carries numbers, not tensors: metrics, norms, shapes of messages."""
 
@@ -144,3 +153,48 @@ def _allocations(run: profile) -> list[tuple[int, int]]:
     """(time, bytes) of everything that the allocator gave (positive) and took back (negative)."""
     events = run.profiler.kineto_results.events()
     return sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+# ----------------------------------------------------------------------------------------- stages that train nothing
+def measured_generation(directory: str, parallel: Parallel, prompts: list[Prompt], sampling: Sampling,
+                        slots: int) -> dict:
+    """Bytes of a model and of the fullest moment of a generation, and the collectives of its forward pass over prompts
+    and of one decoding round."""
+    before = tensors()
+    model = freeze(build(directory, parallel))
+    decoder = PipelineDecoder(model, LONGEST)
+
+    def answer(tokens: int) -> None:
+        generate(decoder, prompts, replace(sampling, max_new_tokens=tokens), slots=slots, pad_id=0)
+
+    def collectives(tokens: int) -> Counter:
+        with Collectives() as seen:
+            answer(tokens)
+        return seen.bytes
+
+    kept = _bytes_besides(before)
+    answer(2)
+    later = _bytes_besides(before)  # a pipeline stage keeps what it has received last
+    peak = peak_of(lambda _: answer(sampling.max_new_tokens), range(TRIES))
+    first, second, third = map(collectives, (1, 2, 3))
+    assert third - second == second - first, "every decoding round sends the same"
+    return {"kept": kept, "peak": later + peak, "prefill": dict(first), "round": dict(second - first)}
+
+
+def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch: int, k: int, chunk: int) -> dict:
+    """Bytes of a model and of the fullest moment of a step of a score stage that lists likeliest tokens."""
+    before = tensors()
+    model = freeze(build(directory, parallel))
+    context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, chunk, {})
+
+    def score(_: int) -> None:  # as `Scorer.score`
+        table = step.table(model.grid.layout.data, micro_batch)
+        batches = step.batches(table[model.grid.at.data], pad_id=0, padding=model.padding, device=CPU)
+        with evaluating(model):
+            for hidden_TH in forward_hidden(model, batches) or ():
+                RoleOutput(hidden_TH, model.head_VH).top_k(k, context)
+
+    kept = _bytes_besides(before)
+    score(0)
+    later = _bytes_besides(before)
+    return {"kept": kept, "peak": later + peak_of(score, range(TRIES))}
