@@ -94,9 +94,8 @@ class Generation:
 
     @property
     def prefill_tokens(self) -> float:
-        """Prompt positions of the largest forward pass over prompts."""
-        together = max(1, min(math.ceil(self.rows / self.n), int(PREFILL_TOKENS // self.longest.prompt)))
-        return together * self.longest.prompt
+        """Most prompt positions of a forward pass over prompts: some that are shorter than the longest may fill it."""
+        return min(math.ceil(self.rows / self.n) * self.longest.prompt, max(PREFILL_TOKENS, self.longest.prompt))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ benchmarks or call lm-eval.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megakd.batch import Kind
 from megakd.config import Recipe
@@ -108,12 +108,14 @@ class EvaluationSetup:
     """An `eval` stage: every model is loaded in its turn, teacher and reference stay."""
 
     models: dict[str, tuple[Generation, Scoring, Scoring]]
-    """Label -> the model's own answers (of all seeds), its pass over the held-out rows, its pass over its answers."""
+    """Label -> the model's own answers, its pass over the held-out rows, its pass over its answers."""
     teachers: dict[str, RoleSetup]
     given: dict[str, Scoring]
     """Role -> its pass over the held-out rows, once for all models."""
     own: dict[str, Scoring]
     """Role -> its pass over the answers of one model."""
+    seeds: int
+    """Times that each model answers, one after the other, and that its answers are passed over."""
 
 
 def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int, mean: Lengths,
@@ -137,17 +139,15 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
     for label, model in stage.models.items():
         role = role_setup(recipe, "student", model, world)
         longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-        drawn = Generation(role, min(stage.slots, math.ceil(prompts / role.layout.data)), prompts * seeds, 1, mean,
-                           longest, sampling is not None, sampling.top_k if sampling else 0,
-                           sampling is not None and sampling.top_p < 1, recipe.precision.dtype, recipe.device)
-        own = _pass(recipe, stage, role, prompts, mean, 1)
-        models[label] = (drawn, _pass(recipe, stage, role, rows, mean, 2), replace(own, groups=seeds * own.groups))
+        drawn = Generation(role, stage.slots, prompts, 1, mean, longest, sampling is not None,
+                           sampling.top_k if sampling else 0, sampling is not None and sampling.top_p < 1,
+                           recipe.precision.dtype, recipe.device)
+        models[label] = (drawn, _pass(recipe, stage, role, rows, mean, 2), _pass(recipe, stage, role, prompts, mean, 1))
     teachers = {name: role_setup(recipe, name, recipe.role(name).model, world) for name in ("teacher", "reference")
                 if stage.teacher}
     given = {name: _pass(recipe, stage, role, rows, mean, 1) for name, role in teachers.items() if name == "teacher"}
     own = {name: _pass(recipe, stage, role, prompts, mean, 1) for name, role in teachers.items()}
-    own = {name: replace(each, groups=seeds * each.groups) for name, each in own.items()}
-    return EvaluationSetup(models, teachers, given, own)
+    return EvaluationSetup(models, teachers, given, own, seeds)
 
 
 def _pass(recipe: Recipe, stage: EvalStage, role: RoleSetup, groups: int, mean: Lengths, answers: int) -> Scoring:
@@ -189,7 +189,7 @@ def evaluation_time(cluster: Cluster, setup: EvaluationSetup) -> StepTime:
     """Seconds of the whole stage, without loading models and without the way of the teachers' hidden states."""
     parts = {f"{role}: held out": scoring_time(cluster, task).total for role, task in setup.given.items()}
     for label, (drawn, held, answered) in setup.models.items():
-        parts[f"{label}: answers"] = generation_time(cluster, drawn).total
-        scored = (held, answered, *setup.own.values())
-        parts[f"{label}: scores"] = sum(scoring_time(cluster, task).total for task in scored)
+        parts[f"{label}: answers"] = setup.seeds * generation_time(cluster, drawn).total
+        own = sum(scoring_time(cluster, task).total for task in (answered, *setup.own.values()))
+        parts[f"{label}: scores"] = scoring_time(cluster, held).total + setup.seeds * own
     return StepTime(parts)

@@ -63,9 +63,9 @@ def test_weights_and_cache_of_llama_8b():
         assert memory.kept["weights"] == 2 * parameters
         # Keys and values of 8 heads of 128 in 32 layers for 32 rows of 1024 positions, 2 bytes each: 4 GiB.
         assert memory.kept["keys and values"] == 4 * 2**30 / tensor
-        # Four prompts of 1000 tokens at a time: 4096 hold no fifth.
+        # As many prompt tokens as are taken at a time.
         widths = 5 * 14336 // tensor + 4 * 4096
-        assert memory.phases["prefill"]["forward"] == 4 * 1000 * (widths * 2 + 128 * 4)
+        assert memory.phases["prefill"]["forward"] == 4096 * (widths * 2 + 128 * 4)
         # Greedy: the logits and their copy without padding.
         assert memory.phases["next tokens"]["logits"] == 32 * VOCABULARY // tensor * 8
     first, last = (generation_memory(generation(Parallel(pipeline=2)), stage) for stage in range(2))
@@ -172,12 +172,14 @@ def test_stages_of_a_recipe(tmp_path):
         assert scored.heads == (name != "hidden")
     measured = evaluation_of_stage(recipe, stages["eval"], 2, 4, Lengths(20, 8), 40)
     drawn, held, answered = measured.models["start"]
-    assert (drawn.prompts, drawn.rows, held.groups, answered.groups) == (12, 4, 4, 12)
+    assert (drawn.prompts, drawn.rows, held.groups, answered.groups, measured.seeds) == (4, 4, 4, 4, 3)
     assert set(measured.own) == {"teacher", "reference"} and set(measured.given) == {"teacher"}
     memory = evaluation_memory(measured, "start", 0)
     assert {"weights", "teacher: weights", "reference: weights"} <= set(memory.kept)
-    seconds = evaluation_time(cluster().model_copy(update={"device_type": "cpu"}), measured)
+    seconds = evaluation_time(cluster(), measured)
     assert set(seconds.parts) == {"teacher: held out", "start: answers", "start: scores"}
+    own = sum(scoring_time(cluster(), each).total for each in (answered, *measured.own.values()))
+    assert seconds.parts["start: scores"] == pytest.approx(scoring_time(cluster(), held).total + 3 * own)
     assert all(each > 0 and math.isfinite(each) for each in seconds.parts.values())
 
 
