@@ -18,6 +18,7 @@ def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tie
                         False, 8192)
 
 
+LLAMA_1B = architecture(2048, 16, 32, 8, 64, 8192, 128256, tied=True)
 LLAMA_8B = architecture(4096, 32, 32, 8, 128, 14336, 128256)
 LLAMA_70B = architecture(8192, 80, 64, 8, 128, 28672, 128256)
 LLAMA_405B = architecture(16384, 126, 128, 8, 128, 53248, 128256)

@@ -33,6 +33,8 @@ from megakd.hf.directory import bytes_of, open_tensors, safetensors_header, tens
 
 FORMAT = "megakd signals 1"
 HEADER, INDEX = "header.json", "index.jsonl"
+MICRO_BATCHES = 4
+"""That a replica scores in one step, times its pipeline stages: enough to keep them busy."""
 _FIX = "Score again"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32}
 

@@ -4,8 +4,7 @@ It is what the allocator has handed out (`torch.cuda.max_memory_allocated` on a 
 holds besides (CUDA's context, NCCL's buffers, blocks that the allocator keeps but nobody uses) is the cluster
 description's `reserved_gib` and the plan's margin.
 
-It is within 5 % of what tiny models take (tests/mcore/test_planning.py), but for sequence parallelism, where the
-measured numbers themselves differ from run to run by more.
+It is within 3 % of what tiny models take (tests/mcore/test_planning.py).
 
 Legend of the formulas: h hidden, q query heads x head size, k key heads x head size, f MLP width; all on one rank.
 """
@@ -15,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megakd.hf.pieces import Shard
-from megakd.planning.setup import STATISTICS_BYTES, TrainingSetup
+from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
+
+GATHERED = "gathered sequence's buffer"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
     for role, architecture in setup.heads.items() if last else ():
         columns = head_columns(architecture, trained.parallel.tensor)
         kept[f"{role}: head for the loss"] = columns * architecture.hidden_size * setup.parameter_bytes
+    if buffer := _gather_buffer(setup):
+        kept[GATHERED] = buffer
     signals = _signals(setup) if last else {}
     phases = {f"{role} runs": _teacher_phase(setup, role) for role in setup.teachers}
     phases |= {name: signals | parts for name, parts in _student_phases(setup, shards, pipeline_rank).items()}
@@ -73,6 +76,15 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
         chunk = max(shard_parameters(trained.architecture, shard) for shard in shards)
         phases["gradients are summed"] = signals | {"gloo's copy of the gradients": chunk * STATISTICS_BYTES}
     return Memory(kept, phases)
+
+
+def _gather_buffer(setup: TrainingSetup) -> float:
+    """megatron-core's one buffer for the sequences that the trained model's linears gather; frozen ones and Transformer
+    Engine's make one each time."""
+    if not setup.trained.parallel.sequence:
+        return 0.0
+    tokens = setup.work.roles["student"].most("tokens") / setup.trained.parallel.context
+    return tokens * setup.trained.architecture.hidden_size * setup.parameter_bytes
 
 
 def _model_states(setup: TrainingSetup, parameters: int) -> dict[str, float]:
@@ -97,23 +109,58 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
     under_way = trained.warmup(pipeline_rank, len(work.micro_batches))
     layer = saved_of_layer(setup, widths, trained.recompute)
     tokens = work.most("tokens") / trained.parallel.context
+    residual = widths.hidden * _share(setup) * tokens * setup.parameter_bytes
     activations = under_way * shards[0].layers * layer * tokens
-    # Those of an MLP's two halves and of their product; the residual's.
-    backward = {"a layer's gradients": (3 * widths.ffn + 2 * widths.hidden) * tokens * setup.parameter_bytes}
+    if trained.parallel.virtual_pipeline > 1:
+        activations += under_way * residual  # what a chunk gives is not freed when it is sent
+    backward = {"activations": activations, "a layer's gradients": _layer_gradients(setup, widths, tokens)}
     if trained.recompute != "none":
         backward["a layer made again"] = (saved_of_layer(setup, widths, "none") - layer) * tokens
-    if trained.parallel.sequence:
-        # megatron-core keeps one buffer for what it gathers, and the loss another for the last hidden states.
-        whole = widths.hidden * tokens * setup.parameter_bytes
-        backward["gathered sequence"] = whole * (2 if shards[-1].head else 1)
     if not shards[-1].head:
-        return {"backward": {"activations": activations, **backward}}
-    activations += 2 * widths.hidden * _share(setup) * tokens * setup.parameter_bytes
-    backward["loss positions"] = _rows(setup)
+        return {"backward": backward}
     if trained.architecture.tied_embeddings and shards[0].embedding:
         backward["head's gradient"] = _head_gradients(setup)  # waits for the embedding's
-    return {"loss": {"activations": activations, "loss": _loss(setup)},
-            "backward": {"activations": activations, **backward}}
+    # The final norm's input, normalised and weighted.
+    forward = {"activations": activations + 3 * residual}
+    whole = widths.hidden * tokens * setup.parameter_bytes
+    # The row losses give the gradients of their rows, which are put in their places in an empty row.
+    places = {"gradients in their places": whole, "loss positions": _rows(setup),
+              "head's gradient": _head_gradients(setup)}
+    phases = {"loss": forward | {"loss": _loss(setup)}, "loss's backward": forward | places, "backward": backward}
+    if setup.spec == "local":
+        # Of the norm in elementary operations: five float32 numbers where one is normalised.
+        norm = 5 * residual / setup.parameter_bytes * STATISTICS_BYTES
+        phases["final norm's backward"] = {"activations": activations + residual, "final norm's gradients": norm,
+                                           "head's gradient": _head_gradients(setup)}
+    if trained.parallel.sequence:
+        phases["last hidden states"] = forward | {"gathered sequence": whole * (1 + _copies(setup))}
+    return phases
+
+
+def _copies(setup: TrainingSetup) -> int:
+    """Copies of what a collective gathers: gloo makes one, NCCL none."""
+    return 1 if setup.device == "cpu" else 0
+
+
+def _layer_gradients(setup: TrainingSetup, widths: LayerWidths, tokens: float) -> float:
+    """What a layer's backward pass has at its fullest besides what the forward passes kept: bytes.
+
+    The pass goes through the MLP first, while all that it kept is there, and frees that on its way: after the product
+    of the two halves their product, after the first matrix the rest.
+    """
+    trained = setup.trained
+    residual, whole, mlp = widths.hidden * _share(setup), widths.hidden, widths.ffn
+    gathered = whole if trained.parallel.sequence else 0
+    freed = (5 if setup.spec == "local" else 3) * mlp
+    second, first = widths.hidden * mlp / tokens, 2 * widths.hidden * mlp / tokens  # the matrices' own gradients
+    moments = (
+        gathered * (1 + _copies(setup)),
+        gathered + mlp + second,
+        2 * mlp,  # those of both halves, and of their product, which is gone
+        2 * mlp + whole + gathered * _copies(setup) + first - freed,
+    )
+    again = residual if trained.recompute != "none" else 0  # what the layer gives, made again
+    return (residual + max(moments) + again) * tokens * setup.parameter_bytes
 
 
 def _share(setup: TrainingSetup) -> float:
@@ -174,9 +221,24 @@ def _signals(setup: TrainingSetup) -> dict[str, float]:
 def _teacher_phase(setup: TrainingSetup, role: str) -> dict[str, float]:
     """A teacher's forward pass: the widest moment of a layer, and the rows that it has collected."""
     teacher, work = setup.teachers[role], setup.work.roles[role]
-    widths = layer_widths(teacher.architecture, teacher.parallel.tensor)
-    # Both halves of the MLP, their activation, one half with its offset and the product; the residual stream twice.
-    numbers = work.most("tokens") * (5 * widths.ffn + 2 * widths.hidden)
-    rows = work.sum("all_rows") * widths.hidden
-    return {f"{role}: forward": numbers * setup.parameter_bytes,
+    rows = work.sum("all_rows") * teacher.architecture.hidden_size
+    tokens = work.most("tokens") / teacher.parallel.context
+    return {f"{role}: forward": forward_bytes(setup, teacher, tokens, streams=5),
             f"{role}: rows to send": 3 * rows * setup.parameter_bytes}
+
+
+def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams: int) -> float:
+    """The widest moment of a forward pass without gradients, in the MLP: both halves, their activation, one half with
+    its offset and the product; and the angles of the positions.
+
+    Args:
+        setup: says the dtype.
+        role: whose pass.
+        tokens: positions on a rank.
+        streams: tensors of the residual stream's size: a layer's input, what its attention gave, the sum of both and
+            its norm; under megatron-core's schedules also what the micro-batch before gave.
+    """
+    widths = layer_widths(role.architecture, role.parallel.tensor)
+    hidden = widths.hidden / (role.parallel.tensor if role.parallel.sequence else 1)
+    numbers = 5 * widths.ffn + streams * hidden
+    return tokens * (numbers * setup.parameter_bytes + widths.head_dim * STATISTICS_BYTES)

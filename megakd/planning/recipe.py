@@ -35,8 +35,8 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
     """
     assert (lengths is None) != (step is None), "one of the two says what a step holds"
     question = question_of_stage(recipe, stage, world, Lengths(0, 0) if lengths is None else lengths)
-    trained = _role_setup(recipe, stage.trains, question.trained, world)
-    teachers = {role: _role_setup(recipe, role, architecture, world)
+    trained = role_setup(recipe, stage.trains, question.trained, world)
+    teachers = {role: role_setup(recipe, role, architecture, world)
                 for role, architecture in question.teachers.items() if role not in stage.signals.stages}
     scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
     setup = question.setup(trained, teachers, {role: scored[name] for role, name in stage.signals.stages.items()})
@@ -86,7 +86,8 @@ def _answers(recipe: Recipe, stage: TrainStage, requires: Requires) -> tuple[Kin
     return tuple(kinds)
 
 
-def _role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int) -> RoleSetup:
+def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int) -> RoleSetup:
+    """A model in a role's layout."""
     settings = recipe.role(role)
     return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute)
 

@@ -22,6 +22,7 @@ BACKWARD = 2
 """Operations of a backward pass, in forward passes."""
 ATTENTION_BACKWARD = 2.5
 """The same of attention, whose backward pass makes the scores again."""
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 LOGIT_PASSES = 5
 """Times that a model's logits of a chunk are read or written in a loss."""
 OPTIMIZER_PASSES = {"cuda": 7, "cpu": 13}
@@ -54,9 +55,10 @@ class StepTime:
 
 
 def products_seconds(cluster: Cluster, dtype: str, rows: float, products: Sequence[tuple[int, int]]) -> float:
-    """Products of `rows` positions with weights of the given (inputs, outputs)."""
-    rates = cluster.device.rates[dtype]
-    return sum(rates.seconds(2.0 * rows * inputs * outputs, min(rows, inputs, outputs)) for inputs, outputs in products)
+    """Products of `rows` positions with weights of the given (inputs, outputs), which at the least have to be read."""
+    rates, memory = cluster.device.rates[dtype], cluster.device.memory_gb_s * 1e9 / WEIGHT_BYTES[dtype]
+    return sum(max(rates.seconds(2.0 * rows * inputs * outputs, min(rows, inputs, outputs)), inputs * outputs / memory)
+               for inputs, outputs in products)
 
 
 def attention_seconds(cluster: Cluster, widths: LayerWidths, pairs: float, length: float) -> float:

@@ -23,6 +23,7 @@ from megakd.data.artefacts import read_rollouts
 from megakd.data.dataset import Generated, preference_groups
 from megakd.data.signals import (
     HEADER,
+    MICRO_BATCHES,
     Column,
     Entry,
     ShardWriter,
@@ -42,9 +43,6 @@ from megakd.mcore.step import forward_hidden
 from megakd.objectives.base import LossContext, RoleOutput
 from megakd.provenance import ROLLOUTS, SIGNALS
 from megakd.run import Run
-
-MICRO_BATCHES = 4
-"""Of a replica in one step, times its pipeline stages: enough to keep them busy."""
 
 
 def score_signals(run: Run, stage: ScoreStage) -> tuple[int, dict[str, float]]:

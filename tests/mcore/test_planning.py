@@ -11,13 +11,13 @@ from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
 from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
-from megakd.planning.memory import training_memory
+from megakd.planning.memory import GATHERED, training_memory
 from megakd.planning.recipe import loss_calls
 from megakd.planning.setup import RoleSetup, TrainingSetup
 from megakd.planning.traffic import training_traffic
 from megakd.planning.work import work_of_step
 from tests.mcore.cases import Distillation
-from tests.mcore.planning_cases import STEPS, measured_step
+from tests.mcore.planning_cases import TRIES, measured_step
 from tests.mcore.tiny import make_llama
 from tests.ranks import run_ranks
 
@@ -37,10 +37,6 @@ CASES = {
     "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),
     "pp2 vpp2 dp2": (4, SftObjective(), Parallel(pipeline=2, virtual_pipeline=2), Parallel(), (1, 2), "none"),
 }
-
-TRAFFIC_ALONE = ("tp2 sp", "tp2 sp, mlp again")
-"""Cases whose measured memory is not the same in two runs: planned are 0.96 to 0.99 of it in the first, 0.90 to 1.04 in
-the second. The reason is not known; gloo copies what it gathers, and sequence parallelism gathers most."""
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +74,16 @@ def test_memory_and_traffic_are_those_of_real_ranks(directories, name):
     case = Distillation(
         directories, {"student": student, "teacher": teachers, "reference": teachers},
         {"student": student_micro, "teacher": teacher_micro, "reference": teacher_micro}, objective, (group,) * 8, 8,
-        STEPS + 1, recompute=recompute,
+        TRIES + 2, recompute=recompute,
     )
     setup = setup_of(case, world)
     for rank, measured in enumerate(run_ranks(world, measured_step, case)):
         memory = training_memory(setup, setup.trained.layout.coordinates(rank).pipeline)
-        print(f"{name}, rank {rank}: kept {sum(memory.kept.values()) / measured['kept']:.4f}, "
+        kept = sum(memory.kept.values()) - memory.kept.get(GATHERED, 0)  # which the first step makes
+        print(f"{name}, rank {rank}: kept {kept / measured['kept']:.4f}, "
               f"peak {memory.total / measured['peak']:.4f} of the measured")
-        assert sum(memory.kept.values()) == pytest.approx(measured["kept"], rel=0.01)
-        assert name in TRAFFIC_ALONE or memory.total == pytest.approx(measured["peak"], rel=0.05)
+        assert kept == pytest.approx(measured["kept"], rel=0.01)
+        assert memory.total == pytest.approx(measured["peak"], rel=0.03)
         planned: Counter = Counter()
         for call in training_traffic(setup, rank):
             planned[call.operation, 2 if call.operation in ("send", "receive") else call.size] += round(call.bytes)

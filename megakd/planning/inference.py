@@ -1,0 +1,311 @@
+"""Memory, messages and time of stages that train nothing: answers that a model generates, and answers that it scores.
+
+Both follow the code that does it: `rollout/engine.py` with `rollout/cache.py` and `rollout/sampling.py`, and
+`teacher/scoring.py`. Memory and messages are held to it by tests/mcore/test_planning_inference.py; the times are
+arithmetic that has not been compared with a clock.
+
+How slots drain. A replica has N answers of m tokens in the mean, the longest of l, and s slots (N where that is less).
+A free slot is given to the next answer, so the slots stay full until the last s answers are under way, and these end
+with the longest: N m / s + l - m rounds. That is exact for answers of one length, and where every answer has a slot;
+otherwise it supposes that the longest answer is among the last. All rounds together have N m rows.
+
+Legend: h hidden, f MLP width, k key heads x head size, V columns of the head; all on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megakd.batch import Kind
+from megakd.planning.cluster import Cluster
+from megakd.planning.memory import Memory, forward_bytes
+from megakd.planning.setup import STATISTICS_BYTES, LossCall, RoleSetup, TrainingSetup
+from megakd.planning.sizes import head_columns, layer_widths, shard_parameters
+from megakd.planning.timing import (
+    StepTime,
+    attention_seconds,
+    call_seconds,
+    layer_products,
+    link_of,
+    loss_seconds,
+    passes_seconds,
+    pipeline_seconds,
+    products_seconds,
+    stage_time,
+    waiting_for_calls,
+)
+from megakd.planning.traffic import Call
+from megakd.planning.work import Lengths, MicroBatch, RoleWork, StepWork
+from megakd.rollout.engine import PREFILL_TOKENS
+
+GREEDY_BYTES = 8
+"""A column of a row while the likeliest token is looked for: the logit, and its copy without the padding's columns."""
+NOISE_BYTES = 32
+"""A column of a row while a token is drawn: the logit, the logit by the temperature, and three 64-bit numbers of which
+the noise is being made."""
+INTEGER_BYTES = 8
+DRAWN_BYTES = 8
+"""Of a token, of its log-probability and of its score: told in float64."""
+COUNTED = (Kind.CHOSEN,)
+"""A kind to count loss positions by, where it makes no difference which."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers to be generated on all replicas of a model."""
+
+    role: RoleSetup
+    slots: int
+    """Rows that a replica decodes at a time."""
+    prompts: int
+    """Of all replicas."""
+    n: int
+    """Answers to each."""
+    mean: Lengths
+    longest: Lengths
+    """The longest prompt, and the tokens that an answer may have."""
+    sampled: bool
+    """False: greedy."""
+    top_k: int
+    """0 keeps all tokens."""
+    top_p: bool
+    """Whether one is set."""
+    dtype: str
+    device: str
+
+    @property
+    def answers(self) -> int:
+        """Of the replica with most."""
+        return math.ceil(self.prompts / self.role.layout.data) * self.n
+
+    @property
+    def rows(self) -> int:
+        """Slots that are in use when most are."""
+        return min(self.slots, self.answers)
+
+    @property
+    def rounds(self) -> float:
+        """Tokens that the rows are given one after the other (see the file's top)."""
+        return self.answers * self.mean.answer / self.rows + self.longest.answer - self.mean.answer
+
+    @property
+    def positions(self) -> float:
+        """Of a row of the cache."""
+        return self.longest.prompt + self.longest.answer
+
+    @property
+    def prefill_tokens(self) -> float:
+        """Most prompt positions of a forward pass over prompts: some that are shorter than the longest may fill it."""
+        return min(math.ceil(self.rows / self.n) * self.longest.prompt, max(PREFILL_TOKENS, self.longest.prompt))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Answers to be scored by all replicas of a model."""
+
+    role: RoleSetup
+    micro_batches: int
+    """Of a replica at a time: their hidden states are held together."""
+    groups: int
+    """Of all replicas; a micro-batch has the role's number of them."""
+    work: MicroBatch
+    """What a micro-batch is; of loss positions of any one kind."""
+    row_bytes: int
+    """What is written of a loss position."""
+    heads: bool
+    """Whether logits are made; hidden states are written as they are."""
+    chunk_tokens: int
+    dtype: str
+    device: str
+
+    @property
+    def steps(self) -> int:
+        """Times that all replicas work through `micro_batches`."""
+        at_once = self.micro_batches * self.role.layout.data * self.role.micro_batch
+        return math.ceil(self.groups / at_once)
+
+    @property
+    def disk_bytes(self) -> float:
+        """What the stage writes: its columns, without the index."""
+        return self.groups / self.role.micro_batch * self.work.all_rows * self.row_bytes
+
+
+def as_training(task: Generation | Scoring, micro_batch: MicroBatch) -> TrainingSetup:
+    """A forward pass in the terms of a training: its only teacher is the model itself, and nothing has a gradient."""
+    work = RoleWork((micro_batch,))
+    kinds = tuple(micro_batch.loss_tokens)
+    step = StepWork({"student": work, "model": work}, {"model": kinds}, micro_batch.tokens)
+    chunk = task.chunk_tokens if isinstance(task, Scoring) else math.ceil(micro_batch.all_rows)
+    return TrainingSetup(task.role, {"model": task.role}, (LossCall(1, 2, kinds, "none"),), step, chunk, task.dtype,
+                         task.device)
+
+
+def _weights(task: Generation | Scoring, setup: TrainingSetup, pipeline_rank: int) -> dict[str, float]:
+    shards = task.role.shards(pipeline_rank, setup.spec)
+    parameters = sum(shard_parameters(task.role.architecture, shard) for shard in shards)
+    return {"weights": float(parameters * setup.parameter_bytes)}
+
+
+# ---------------------------------------------------------------------------------------------------------- generating
+def generation_memory(task: Generation, pipeline_rank: int) -> Memory:
+    """Memory of a rank that holds `pipeline_rank` of the model, with all slots in use and the cache at its end."""
+    role = task.role
+    setup = as_training(task, MicroBatch(1, 1, dict.fromkeys(COUNTED, 1)))
+    widths = layer_widths(role.architecture, role.parallel.tensor)
+    kept = _weights(task, setup, pipeline_rank)
+    layers = sum(shard.layers for shard in role.shards(pipeline_rank, setup.spec))
+    kept["keys and values"] = 2 * layers * task.rows * widths.key * task.positions * setup.parameter_bytes
+    # Which of a row's positions each query head of a group may see, and the same once more for the group's heads.
+    mask = task.rows * task.positions * (1 + widths.heads * widths.head_dim // widths.key) * setup.parameter_bytes
+    phases = {"prefill": {"forward": forward_bytes(setup, role, task.prefill_tokens, streams=4)},
+              "decode": {"forward": forward_bytes(setup, role, task.rows, streams=4), "mask": mask}}
+    if pipeline_rank == role.parallel.pipeline - 1:
+        drawn = _drawing_bytes(task)
+        hidden = task.prefill_tokens * widths.hidden * setup.parameter_bytes
+        phases["first tokens"] = {"hidden states": hidden, "logits": drawn}
+        phases["next tokens"] = {"mask": mask / 2, "logits": drawn}
+    return Memory(kept, phases)
+
+
+def _drawing_bytes(task: Generation) -> float:
+    """Logits of all rows in float32, and what a token's draw makes of them."""
+    role = task.role
+    columns, hidden = head_columns(role.architecture, role.parallel.tensor), role.architecture.hidden_size
+    each = NOISE_BYTES if task.sampled else GREEDY_BYTES
+    # On a CPU, where no product of 16-bit numbers gives 32-bit ones, the head is copied first.
+    copy = columns * hidden * STATISTICS_BYTES if task.device == "cpu" and task.dtype != "fp32" else 0
+    return max(task.rows * columns * each, task.rows * columns * STATISTICS_BYTES + copy)
+
+
+def generation_traffic(task: Generation, pipeline_rank: int, tokens: float, rows: float) -> list[Call]:
+    """The calls of a rank in one forward pass over `tokens` positions that gives `rows` rows a token.
+
+    A decoding round has as many positions as rows. Left out is the broadcast of tokens from the last stage. With top_p
+    this is the least: each token that is refused costs one more round of the race.
+    """
+    role = task.role
+    setup = as_training(task, MicroBatch(tokens, tokens, dict.fromkeys(COUNTED, rows)))
+    tensor, stages, chunks = role.parallel.tensor, role.parallel.pipeline, role.parallel.virtual_pipeline
+    shards = role.shards(pipeline_rank, setup.spec)
+    size = tokens * role.architecture.hidden_size * setup.parameter_bytes
+    reduces = 2 * sum(shard.layers for shard in shards) + shards[0].embedding
+    parts = [pipeline_rank + number * stages for number in range(chunks)]
+    sends, receives = sum(part < chunks * stages - 1 for part in parts), sum(part > 0 for part in parts)
+    calls = [Call("all_reduce", "tensor", tensor, size, reduces, "layers"),
+             Call("send", "pipeline", stages, size, sends, "activations"),
+             Call("receive", "pipeline", stages, size, receives, "activations")]
+    if pipeline_rank == stages - 1:
+        best = tensor * rows * 3 * DRAWN_BYTES
+        calls += [Call("all_gather", "tensor", tensor, best, 2 if task.sampled else 1, "best columns"),
+                  Call("all_reduce", "tensor", tensor, rows * STATISTICS_BYTES, 1, "sums of exponentials")]
+        if task.sampled and task.top_k > 0:
+            columns = min(task.top_k, head_columns(role.architecture, tensor))
+            calls.append(Call("all_gather", "tensor", tensor, tensor * rows * columns * STATISTICS_BYTES, 1, "top k"))
+        if task.sampled and task.top_p:
+            calls.append(Call("all_reduce", "tensor", tensor, rows * DRAWN_BYTES, 2, "masses"))
+    return [call for call in calls if call.size > 1 and call.calls > 0]
+
+
+def generation_time(cluster: Cluster, task: Generation) -> StepTime:
+    """Seconds of the whole stage on the replica with most answers, without loading the model: prefill and decode.
+
+    A decoding round reads all weights, and the keys and values of its rows up to the position of the longest one; its
+    products and its collectives are those of as many positions as rows. Pipeline stages wait for each other.
+    """
+    passes, prompts = _prefills(task)
+    tokens = min(prompts * task.mean.prompt, max(PREFILL_TOKENS, task.longest.prompt))
+    prefill = passes * _pass_seconds(cluster, task, tokens, min(prompts * task.n, task.rows),
+                                     pairs=tokens * (task.mean.prompt + 1) / 2, read=0.0)
+    live = task.answers * task.mean.answer / task.rounds
+    # The longest row: of the first answers it grows to the longest answer, later it is near that.
+    longest = task.mean.prompt + task.longest.answer * (1 - task.longest.answer / (2 * task.rounds))
+    # A query for each row; the first token of an answer comes from the prefill.
+    share = max(0.0, 1 - 1 / task.mean.answer)
+    decode = task.rounds * share * _pass_seconds(cluster, task, live, live, pairs=live * longest, read=live * longest)
+    return StepTime({"prefill": prefill, "decode": decode})
+
+
+def _prefills(task: Generation) -> tuple[float, float]:
+    """Forward passes over prompts, and the prompts of each.
+
+    First the slots are filled. Then an answer ends in a round with the chance 1 / mean length, row by row: of the
+    rounds in which any ends, each has the mean number of those that end in it. A prompt is read once a pass.
+    """
+    first = math.ceil(task.rows / task.n)
+    together = max(1, int(PREFILL_TOKENS // task.mean.prompt))
+    passes, read = math.ceil(first / together), float(first)
+    later = task.answers - task.rows
+    if later > 0:
+        rate = task.rows / task.mean.answer
+        ending = rate / -math.expm1(-rate)
+        times = later / ending
+        read += times * max(1.0, ending / task.n)
+        passes += times * math.ceil(max(1.0, ending / task.n) / together)
+    return passes, read / passes
+
+
+def _pass_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, *, pairs: float,
+                  read: float) -> float:
+    """One forward pass over all stages, one after the other, and the draw of a token for each of `rows`.
+
+    Args:
+        cluster: what it runs on.
+        task: what is generated.
+        tokens: positions.
+        rows: responses that are given a token.
+        pairs: (position, attended position) pairs.
+        read: positions whose keys and values are read from the cache.
+    """
+    role = task.role
+    setup = as_training(task, MicroBatch(tokens, pairs, dict.fromkeys(COUNTED, rows)))
+    widths = layer_widths(role.architecture, role.parallel.tensor)
+    memory = cluster.device.memory_gb_s * 1e9
+    cached = 2 * widths.key * read * setup.parameter_bytes / memory
+    layer = (products_seconds(cluster, task.dtype, tokens, layer_products(widths))
+             + max(attention_seconds(cluster, widths, pairs, pairs / tokens), cached)
+             + passes_seconds(cluster, setup, widths, tokens, 1))
+    layer += waiting_for_calls(setup, cluster.device.layer_forward_us * 1e-6, layer)
+    total = role.architecture.layers * layer
+    for stage in range(role.parallel.pipeline):
+        total += sum(call_seconds(cluster, call, link_of(cluster, role, call.axis))
+                     for call in generation_traffic(task, stage, tokens, rows) if call.operation != "receive")
+    columns = head_columns(role.architecture, role.parallel.tensor)
+    head = products_seconds(cluster, "fp32" if task.dtype == "fp32" else "bf16", rows, [(widths.hidden, columns)])
+    # Every number that a draw makes is written once and read once.
+    drawn = 2 * rows * columns * (NOISE_BYTES if task.sampled else GREEDY_BYTES) / memory
+    tell = 0.0 if role.parallel.pipeline == 1 else link_of(cluster, role, "pipeline").latency_us * 1e-6
+    return total + head + drawn + tell
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+def scoring_memory(task: Scoring, pipeline_rank: int) -> Memory:
+    """Memory of a rank that holds `pipeline_rank` of the model."""
+    role = task.role
+    setup = as_training(task, task.work)
+    kept = _weights(task, setup, pipeline_rank)
+    # Of all micro-batches: tokens and positions; rows, places and labels of the loss positions.
+    numbers = 2 * task.work.tokens + 3 * task.work.all_rows
+    forward = {"batches": task.micro_batches * numbers * INTEGER_BYTES,
+               "forward": forward_bytes(setup, role, task.work.tokens / role.parallel.context, streams=5)}
+    if pipeline_rank < role.parallel.pipeline - 1:
+        return Memory(kept, {"forward": forward})
+    rows = task.work.all_rows * role.architecture.hidden_size * setup.parameter_bytes
+    phases = {"forward": forward | {"hidden states": (task.micro_batches - 1) * rows}}
+    columns = head_columns(role.architecture, role.parallel.tensor)
+    values = task.work.all_rows * task.row_bytes if task.heads else 0
+    chunk = min(task.chunk_tokens, task.work.all_rows)
+    logits = 1.125 * chunk * columns * STATISTICS_BYTES if task.heads else 0  # and a block's scratch
+    phases["signals"] = {"batches": forward["batches"], "hidden states": task.micro_batches * rows, "values": values,
+                         "logits": logits}
+    return Memory(kept, phases)
+
+
+def scoring_time(cluster: Cluster, task: Scoring) -> StepTime:
+    """Seconds of the whole stage, without loading the model and without the disk (`Scoring.disk_bytes`)."""
+    setup, role = as_training(task, task.work), task.role
+    stages = [stage_time(cluster, setup, role, "model", stage, task.work, training=False)
+              for stage in range(role.parallel.pipeline)]
+    forward = pipeline_seconds(stages, task.micro_batches, role.parallel.virtual_pipeline)
+    signals = loss_seconds(cluster, setup, task.work) if task.heads else 0.0
+    return StepTime({"forward": task.steps * forward, "signals": task.steps * task.micro_batches * signals})
