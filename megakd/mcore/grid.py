@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
-
 from torch.distributed.distributed_c10d import _process_group_color
 
 from megakd.layout import Coordinates, Layout
