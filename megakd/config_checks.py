@@ -12,10 +12,9 @@ from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage
 from megakd.config_signal_checks import check_names_stage, check_score_stage, check_signals
 from megakd.config_stages import AnyStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
-from megakd.layout import Layout
 
 if TYPE_CHECKING:
-    from megakd.config import Recipe
+    from megakd.config import Parallel, Recipe
 
 
 def roles_of(stage: AnyStage) -> tuple[str, ...]:
@@ -54,14 +53,14 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     for stage in stages:
         if isinstance(stage, TrainStage):
             _check_global_batch(recipe, stage, world)
-        for name in _answering_roles(stage):
+        for name in answering_roles(stage):
             if recipe.role(name).parallel.sequence:
                 rule = f"stage {stage.name} lets it answer, a token at a time, which cannot be cut along the sequence"
                 raise ConfigError(f"{name}.parallel.sequence", True, rule,
                                   "Leave it out, or run this stage by itself with false (`--stage`)")
 
 
-def _answering_roles(stage: AnyStage) -> tuple[str, ...]:
+def answering_roles(stage: AnyStage) -> tuple[str, ...]:
     """Roles in whose layouts models answer in a stage."""
     match stage:
         case GenerateStage():
@@ -73,6 +72,13 @@ def _answering_roles(stage: AnyStage) -> tuple[str, ...]:
     return ()
 
 
+def batch_multiple(parallel: Parallel, micro_batch: int, world: int) -> int:
+    """Groups that a step of a role has to be a multiple of: whole micro-batches on each replica; and as many as there
+    are stages, where the schedule is interleaved."""
+    rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    return world // parallel.ranks * micro_batch * rounds
+
+
 def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     """A step has to fill whole micro-batches of every role that takes part, on each of its replicas."""
     multiples: dict[str, int] = {}
@@ -81,11 +87,10 @@ def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     online = [role for role in stage.objective.roles if role not in stage.signals.stages]
     for name in (stage.trains, *online):
         role = recipe.role(name)
-        data = Layout(world, role.parallel.tensor, role.parallel.pipeline, role.parallel.context).data
-        multiples[name] = data * role.micro_batch
+        multiples[name] = batch_multiple(role.parallel, role.micro_batch, world)
+        data = world // role.parallel.ranks
         rules[name] = f"{name}'s data-parallel size {data} x {name}.micro_batch {role.micro_batch}"
         if role.parallel.virtual_pipeline > 1:
-            multiples[name] *= role.parallel.pipeline
             rules[name] += f" x its pipeline size {role.parallel.pipeline} (the interleaved schedule)"
     fitting = math.lcm(*multiples.values())
     for name, multiple in multiples.items():
@@ -293,13 +298,17 @@ def _check_precision(recipe: Recipe) -> None:
             f"{recipe.device!r})", "Write precision: bf16 or fp32, or device: cuda on a machine that has both",
         )
     for name in ("student", "teacher", "reference"):
-        parallel = recipe.role(name).parallel
-        if parallel.context > 1:
-            raise ConfigError(f"{name}.parallel.context", parallel.context, "context parallelism is not available yet",
-                              "Write 1")
-        if parallel.sequence and parallel.tensor == 1:
-            raise ConfigError(f"{name}.parallel.sequence", True, "sequence parallelism needs tensor > 1",
-                              f"Raise {name}.parallel.tensor or leave it out")
-        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-            raise ConfigError(f"{name}.parallel.virtual_pipeline", parallel.virtual_pipeline,
-                              "interleaving needs pipeline > 1", f"Raise {name}.parallel.pipeline or leave it out")
+        check_parallel(name, recipe.role(name).parallel)
+
+
+def check_parallel(name: str, parallel: Parallel) -> None:
+    """Checks the sizes of a role's layout against one another. Raises ConfigError."""
+    if parallel.context > 1:
+        raise ConfigError(f"{name}.parallel.context", parallel.context, "context parallelism is not available yet",
+                          "Write 1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(f"{name}.parallel.sequence", True, "sequence parallelism needs tensor > 1",
+                          f"Raise {name}.parallel.tensor or leave it out")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(f"{name}.parallel.virtual_pipeline", parallel.virtual_pipeline,
+                          "interleaving needs pipeline > 1", f"Raise {name}.parallel.pipeline or leave it out")

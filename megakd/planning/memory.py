@@ -58,9 +58,9 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
         most = max(sum(shard_parameters(teacher.architecture, shard) for shard in teacher.shards(stage, setup.spec))
                    for stage in range(teacher.parallel.pipeline))
         kept[f"{role}: weights"] = most * setup.parameter_bytes
-        if last:
-            columns = head_columns(teacher.architecture, trained.parallel.tensor)
-            kept[f"{role}: head for the loss"] = columns * teacher.architecture.hidden_size * setup.parameter_bytes
+    for role, architecture in setup.heads.items() if last else ():
+        columns = head_columns(architecture, trained.parallel.tensor)
+        kept[f"{role}: head for the loss"] = columns * architecture.hidden_size * setup.parameter_bytes
     signals = _signals(setup) if last else {}
     phases = {f"{role} runs": _teacher_phase(setup, role) for role in setup.teachers}
     phases |= {name: signals | parts for name, parts in _student_phases(setup, shards, pipeline_rank).items()}
@@ -166,9 +166,8 @@ def _head_gradients(setup: TrainingSetup) -> float:
 def _signals(setup: TrainingSetup) -> dict[str, float]:
     """The teachers' hidden states of a whole step on the student's last stage."""
     return {
-        f"{role}: hidden states":
-            setup.work.received(role) * teacher.architecture.hidden_size * setup.parameter_bytes
-        for role, teacher in setup.teachers.items()
+        f"{role}: hidden states": setup.work.received(role) * architecture.hidden_size * setup.parameter_bytes
+        for role, architecture in setup.heads.items()
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megakd.batch import Kind, Padding, Step
 from megakd.check import architecture_of
 from megakd.config import Recipe
+from megakd.config_checks import answering_roles
 from megakd.config_objectives import (
     AdpaObjective,
     DckdObjective,
@@ -13,41 +16,79 @@ from megakd.config_objectives import (
     Objective,
     SftObjective,
 )
-from megakd.config_stages import TrainStage
+from megakd.config_signals import MAKER_OF
+from megakd.config_stages import ScoreStage, TrainStage
+from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
 from megakd.objectives.base import Requires
+from megakd.planning.search import Question
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
-from megakd.planning.work import Lengths, work_of_lengths, work_of_step
+from megakd.planning.work import Lengths, work_of_step
 
 
 def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengths | None = None,
                    step: Step | None = None) -> TrainingSetup:
-    """The set-up of a stage on `world` ranks, for a real step or for mean lengths.
+    """The set-up of a stage on `world` ranks, in the recipe's own layouts, for a real step or for mean lengths.
 
     Raises:
         ModelError: a model's config.json is missing or not supported.
     """
     assert (lengths is None) != (step is None), "one of the two says what a step holds"
-    requires = build_objective(stage.objective).requires
-    trained = _role_setup(recipe, stage.trains, stage.init, world)
-    teachers = {role: _role_setup(recipe, role, recipe.teacher_model(stage, role), world)
-                for role in requires.teachers if role not in stage.signals.stages}
+    question = question_of_stage(recipe, stage, world, Lengths(0, 0) if lengths is None else lengths)
+    trained = _role_setup(recipe, stage.trains, question.trained, world)
+    teachers = {role: _role_setup(recipe, role, architecture, world)
+                for role, architecture in question.teachers.items() if role not in stage.signals.stages}
+    scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
+    setup = question.setup(trained, teachers, {role: scored[name] for role, name in stage.signals.stages.items()})
+    if step is None:
+        return setup
     roles = {"student": trained, **teachers}
-    teacher_kinds = {role: requires.teacher_kinds[role] for role in teachers}
-    layouts = {role: setup.layout for role, setup in roles.items()}
-    micro_batches = {role: setup.micro_batch for role, setup in roles.items()}
-    if step is not None:
-        paddings = {role: padding_of(recipe, setup) for role, setup in roles.items()}
-        work = work_of_step(step, layouts, micro_batches, paddings, teacher_kinds)
-    else:
-        work = work_of_lengths(lengths, requires.kinds, stage.global_batch, layouts, micro_batches, teacher_kinds)
-    return TrainingSetup(trained, teachers, loss_calls(stage.objective, requires), work, stage.chunk_tokens,
-                         recipe.precision.dtype, recipe.device)
+    work = work_of_step(
+        step, {role: each.layout for role, each in roles.items()},
+        {role: each.micro_batch for role, each in roles.items()},
+        {role: padding_of(recipe, each) for role, each in roles.items()}, question.teacher_kinds)
+    return replace(setup, work=work)
 
 
-def _role_setup(recipe: Recipe, role: str, model: str, world: int) -> RoleSetup:
+def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengths) -> Question:
+    """What a training stage asks of a cluster, whatever its layouts.
+
+    Raises:
+        ModelError: a model's config.json is missing or not supported.
+    """
+    objective = stage.objective
+    requires = build_objective(objective).requires
+    # What is drawn while the stage trains cannot be scored before.
+    drawn = [kind for kind in objective.scored if kind in MAKER_OF and MAKER_OF[kind] in stage.drawn_online]
+    listed = objective.top_k if "top_k" in objective.signal_kinds else None
+    signals = [] if drawn or stage.teacher_draws else [
+        kind for kind in ("token_log_probs", "top_k", "hidden_states") if kind in objective.signal_kinds]
+    return Question(
+        trained=architecture_of(recipe, stage.init),
+        teachers={role: architecture_of(recipe, recipe.teacher_model(stage, role)) for role in requires.teachers},
+        kinds=_answers(recipe, stage, requires),
+        teacher_kinds={role: tuple(requires.teacher_kinds[role]) for role in requires.teachers},
+        losses=loss_calls(objective, requires), lengths=lengths, global_batch=stage.global_batch, world=world,
+        chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
+        signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
+        answering=answering_roles(stage),
+    )
+
+
+def _answers(recipe: Recipe, stage: TrainStage, requires: Requires) -> tuple[Kind, ...]:
+    """Kinds of a group's sequences, a generated kind as often as there are answers of it."""
+    stages = {each.name: each for each in recipe.stages}
+    kinds: list[Kind] = []
+    for kind in requires.kinds:
+        name = MAKER_OF.get(kind.name.lower())
+        maker = None if name is None else stage.online if name in stage.drawn_online else stages[getattr(stage, name)]
+        kinds += [kind] * (1 if maker is None else maker.answers)
+    return tuple(kinds)
+
+
+def _role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int) -> RoleSetup:
     settings = recipe.role(role)
-    return RoleSetup(architecture_of(recipe, model), settings.parallel, world, settings.micro_batch, settings.recompute)
+    return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute)
 
 
 FP8_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megakd.batch import Kind
 from megakd.config import Parallel
@@ -67,12 +67,20 @@ class TrainingSetup:
 
     trained: RoleSetup
     teachers: Mapping[str, RoleSetup]
+    """Those that run beside the trained model."""
     losses: tuple[LossCall, ...]
     work: StepWork
     chunk_tokens: int
     dtype: str
     """Of `Precision`: fp32, bf16 or fp8."""
     device: str
+    stored: Mapping[str, Architecture] = field(default_factory=dict)
+    """Roles whose hidden states are read from disk: they run nowhere, but the loss has their heads."""
+
+    @property
+    def heads(self) -> dict[str, Architecture]:
+        """The models whose heads and hidden states the loss is given besides the trained one's."""
+        return {role: teacher.architecture for role, teacher in self.teachers.items()} | dict(self.stored)
 
     @property
     def spec(self) -> str:

@@ -7,6 +7,7 @@ attention are counted, as everybody does who quotes a model's utilisation; norms
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from megakd.hf.families import Architecture
@@ -30,7 +31,18 @@ def parameter_count(architecture: Architecture, norms_per_layer: int = 2) -> int
 
 def shard_parameters(architecture: Architecture, shard: Shard) -> int:
     """Parameters that one model chunk of a rank holds, padding included."""
-    return sum(prod(shape) for shape in parameter_shapes(architecture, shard).values())
+    ends, layer = _chunk_parameters(architecture, shard.tensor_size, shard.embedding, shard.head, shard.spec)
+    return ends + shard.layers * layer
+
+
+@cache
+def _chunk_parameters(architecture: Architecture, tensor_size: int, embedding: bool, head: bool,
+                      spec: str) -> tuple[int, int]:
+    """Parameters outside layers, and of one layer, as the table of pieces has them. A search asks for the same chunks
+    thousands of times."""
+    counts = [sum(prod(shape) for shape in parameter_shapes(
+        architecture, Shard(0, tensor_size, 0, layers, embedding, head, spec)).values()) for layers in (0, 1)]
+    return counts[0], counts[1] - counts[0]
 
 
 @dataclass(frozen=True)

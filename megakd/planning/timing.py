@@ -129,7 +129,7 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
         products = {"forward": 3, "backward": 4, "none": 0}[call.gradient]
         total += products * products_seconds(cluster, dtype, rows, columns * hidden)
         others = (call.models - 1) if call.gradient != "none" else call.models
-        teachers = [setup.teachers[role].architecture.hidden_size for role in setup.teachers][:others]
+        teachers = [architecture.hidden_size for architecture in setup.heads.values()][:others]
         total += sum(products_seconds(cluster, dtype, rows, columns * width) for width in teachers)
         # Made, reduced for the maximum and the sums, and turned into a gradient: read or written 5 times a model.
         total += 5 * call.models * rows * columns * 4 / (cluster.device.memory_gb_s * 1e9)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 from megakd.batch import Group, Kind, Padding, Step
 from megakd.layout import Layout
@@ -42,11 +43,20 @@ class RoleWork:
 
     def most(self, number: str) -> float:
         """The largest `tokens`, `pairs` or `all_rows` of a micro-batch."""
-        return max(getattr(each, number) for each in self.micro_batches)
+        return self._most_and_sums[number][0]
 
     def sum(self, number: str) -> float:
         """The sum of `tokens`, `pairs` or `all_rows` over the micro-batches."""
-        return sum(getattr(each, number) for each in self.micro_batches)
+        return self._most_and_sums[number][1]
+
+    @cached_property
+    def _most_and_sums(self) -> dict[str, tuple[float, float]]:
+        """A plan asks for them hundreds of times, and there may be thousands of micro-batches."""
+        numbers = {}
+        for name in ("tokens", "pairs", "all_rows"):
+            values = [getattr(each, name) for each in self.micro_batches]
+            numbers[name] = (max(values), sum(values))
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         roles[role] = max(replicas, key=lambda work: work.sum("tokens"))
     moved = {}
     for role, kinds in teacher_kinds.items():
+        if role not in layouts:  # read from disk
+            continue
         way = route(layouts[role], layouts["student"], tables[role], tables["student"],
                     travelling_rows(step.groups, kinds), step.sample_ids)
         moved[role] = _moved(way)
@@ -143,17 +155,22 @@ class Lengths:
 
 def work_of_lengths(lengths: Lengths, kinds: Sequence[Kind], global_batch: int, layouts: Mapping[str, Layout],
                     micro_batches: Mapping[str, int], teacher_kinds: Mapping[str, Sequence[Kind]]) -> StepWork:
-    """The work of an average step whose groups all hold one answer of each of `kinds`.
+    """The work of an average step whose groups all hold an answer of each of `kinds`; of one that comes twice, two.
 
     The other arguments: as `work_of_step` has them. A micro-batch then has the mean number of tokens; the largest of a
     real step has more.
     """
-    length = lengths.prompt + lengths.answer
     roles = {}
     for role, layout in layouts.items():
-        own, groups = [kind for kind in kinds if kind in teacher_kinds.get(role, kinds)], micro_batches[role]
-        answers = len(own) * groups
-        micro = MicroBatch(answers * length, answers * length * (length + 1) / 2,
-                           {kind: groups * lengths.answer for kind in own})
-        roles[role] = RoleWork((micro,) * (global_batch // (layout.data * groups)))
-    return StepWork(roles, teacher_kinds, global_batch * len(kinds) * length)
+        own = tuple(kind for kind in kinds if kind in teacher_kinds.get(role, kinds))
+        groups = micro_batches[role]
+        roles[role] = _mean_work(lengths, own, groups, global_batch // (layout.data * groups))
+    return StepWork(roles, teacher_kinds, global_batch * len(kinds) * (lengths.prompt + lengths.answer))
+
+
+@cache
+def _mean_work(lengths: Lengths, kinds: tuple[Kind, ...], groups: int, micro_batches: int) -> RoleWork:
+    length = lengths.prompt + lengths.answer
+    answers = len(kinds) * groups
+    rows = {kind: kinds.count(kind) * groups * lengths.answer for kind in kinds}
+    return RoleWork((MicroBatch(answers * length, answers * length * (length + 1) / 2, rows),) * micro_batches)
