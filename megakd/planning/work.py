@@ -101,7 +101,8 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         teacher_kinds: as StepWork has it.
     """
     student = step.table(layouts["student"].data, micro_batches["student"])
-    tables = {role: step.table_beside(student, layouts[role].data, micro_batches[role]) for role in teacher_kinds}
+    tables = {role: step.table_beside(student, layouts[role].data, micro_batches[role])
+              for role in teacher_kinds if role in layouts}
     tables["student"] = student
     roles = {}
     for role, table in tables.items():
