@@ -7,7 +7,7 @@ study/study.html, figures and what each shows, without any outside file. Every c
 `megakd.planning.search` finds for it. Nothing is started and no model is read; the sizes are those of the published
 Llama models.
 
-    python tools/scaling_study.py --cluster CPU.yaml --measure --sizes tiny,15M --ranks 1,2 --out study
+    python tools/scaling_study.py --cluster CPU.yaml --measure --sizes tiny,13M --ranks 1,2 --out study
 
 runs training steps of small models on this machine's CPU (tools/scaling_measure.py) and puts what they took beside what
 the plan says for the same layouts, with the rates of CPU.yaml, a description with `device_type: cpu`.
@@ -26,7 +26,6 @@ from typing import Any
 
 from scaling_page import page
 
-from megakd.batch import Kind
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, KdObjective, Objective, SftObjective
 from megakd.disk import write_text_atomic
 from megakd.errors import ConfigError, MegakdError
@@ -209,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--strong-groups", type=int, default=1024, help="of a step, where more GPUs share equal work")
     made.add_argument("--tokens", type=float, default=1e9, help="of the student, for GPU-hours")
     made.add_argument("--measure", action="store_true", help="run small models on this machine instead")
-    made.add_argument("--sizes", type=_words, default=["tiny", "15M", "40M", "135M"], help="with --measure")
+    made.add_argument("--sizes", type=_words, default=["tiny", "13M", "38M", "135M"], help="with --measure")
     made.add_argument("--ranks", type=_numbers, default=[1, 2, 4, 8], help="with --measure")
     made.add_argument("--measured-methods", type=_words, default=["sft", "dckd"], help="with --measure")
     return made

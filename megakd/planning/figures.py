@@ -64,8 +64,8 @@ def line_chart(x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[flo
     points = [point for line in series.values() for point in line]
     xs = sorted({x for x, _ in points})
     low, high = _ends([y for _, y in points], log_y)
-    left, width, height, first = 80, _WIDTH - 80 - 30, 300, math.log10(xs[0])
-    span = (math.log10(xs[-1]) - first) or 1.0
+    first, last = (math.log10(xs[0]), math.log10(xs[-1])) if integers else _ends(xs, True)
+    left, width, height, span = 80, _WIDTH - 80 - 40, 300, (last - first) or 1.0
     legend, down = _legend(list(series), _TOP - 14, dashed)
     bottom = down + height
 
@@ -75,12 +75,13 @@ def line_chart(x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[flo
     def up(y: float) -> float:
         return bottom - ((math.log10(y) if log_y else y) - low) / (high - low) * height
 
-    drawn = [legend, f'<text class="tick" x="8" y="{down - 8}">{escape(y_name)}</text>']
+    drawn = [legend, f'<text class="tick" x="8" y="{down - 14}">{escape(y_name)}</text>']
     y_ticks = [10.0 ** power for power in range(round(low), round(high) + 1)] if log_y else nice_ticks(low, high, 6)
     for tick in y_ticks:
-        drawn.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-                     f'<text class="tick" x="{left - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    x_ticks = xs if integers else _powers(xs[0], xs[-1])
+        y = up(tick)
+        drawn.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    x_ticks = xs if integers else [10.0 ** power for power in range(round(first), round(last) + 1)]
     room = width / max(1, len(x_ticks))
     for number, tick in enumerate(x_ticks):
         drawn.append(f'<line class="axis" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{bottom}" '
@@ -104,9 +105,12 @@ def line_chart(x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[flo
     return _svg(bottom + 46, drawn)
 
 
-def _powers(low: float, high: float) -> list[float]:
-    found = [10.0 ** power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    return found if len(found) > 1 else [low, high]
+def _short(value: float) -> str:
+    """1,500 as 1.5k."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def _ends(values: Sequence[float], log: bool) -> tuple[float, float]:
@@ -132,7 +136,7 @@ def _legend(names: Sequence[str], y: float, dashed: Sequence[str] = ()) -> tuple
         drawn.append(f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="6"{dash}/>'
                      f'<text x="{x + 24}" y="{y + 5}">{escape(name)}</text>')
         x += width
-    return "".join(drawn), y + 40
+    return "".join(drawn), y + 46
 
 
 def _svg(height: float, drawn: Sequence[str]) -> str:
