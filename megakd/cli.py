@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     # Overrides may stand behind options, where argparse of Python 3.11 does not look for them.
     options, rest = top.parse_known_args(arguments)
-    if options.command == "run" and not any(word.startswith("-") for word in rest):
+    if options.command in ("run", "plan") and not any(word.startswith("-") for word in rest):
         options.overrides += rest
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -67,6 +67,21 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--check", action="store_true", help="check everything, start nothing")
     run.set_defaults(action=run_command)
+
+    plan = commands.add_parser("plan", help="say what a recipe needs and takes on a cluster, and the best layouts")
+    plan.add_argument("recipe", help="path of a recipe.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key.key=value", help="settings laid over the recipe")
+    plan.add_argument("--cluster", required=True, metavar="C",
+                      help="description of a cluster: a file, or a name in slurm/clusters/ such as h100")
+    plan.add_argument("--nodes", metavar="STAGE=N,...", help="nodes of each stage (one that is not named has those of "
+                      "the one before), or one number for all; default: the fewest that each stage fits on")
+    plan.add_argument("--best", type=int, default=3, metavar="N",
+                      help="how many layouts to look for besides the recipe's own, of each place of the teachers")
+    plan.add_argument("--prompt-tokens", type=float, metavar="P", help="mean length of the prompts; measured in the "
+                      "data when left out")
+    plan.add_argument("--answer-tokens", type=float, metavar="A", help="mean length of the answers; likewise")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers into this file")
+    plan.set_defaults(action=plan_command)
 
     doctor = commands.add_parser("doctor", help="say what this machine can run and what is missing for what")
     doctor.set_defaults(action=doctor_command)
@@ -145,6 +160,33 @@ def show_result(recipe: Recipe) -> None:
     for name in ("report.html", SUMMARY, "models"):
         if (recipe.output / name).exists():
             print(f"{name}: {recipe.output / name}")
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """`megakd plan`."""
+    from megakd.planning.cluster import cluster_named
+    from megakd.planning.nodes import check_device, nodes_of_stages
+
+    recipe = load(options.recipe, tuple(options.overrides))
+    cluster = cluster_named(options.cluster)
+    check_device(recipe, cluster)
+    nodes = None if options.nodes is None else nodes_of_stages(recipe, options.nodes)
+    # Imported late: a mistake is told before torch is loaded.
+    from megakd.planning.lengths import given_lengths
+    from megakd.planning.plan import plan_recipe
+    from megakd.planning.text import describe
+
+    lengths = given_lengths(options.prompt_tokens, options.answer_tokens)
+    plans = plan_recipe(recipe, cluster, nodes, lengths, options.best)
+    if options.json is not None:
+        import json
+
+        from megakd.disk import write_text_atomic
+
+        numbers = {"recipe": recipe.name, "cluster": cluster.model_dump(), "stages": [plan.as_dict() for plan in plans]}
+        write_text_atomic(options.json, json.dumps(numbers, indent=1) + "\n")
+    print(describe(recipe, cluster, plans, lengths is not None, nodes is not None), end="")
+    return 0
 
 
 def doctor_command(options: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def load_comparison(path: Path | str) -> Comparison:
     try:
         comparison = Comparison.model_validate(raw)
     except ValidationError as error:
-        raise as_config_error(error, Comparison, raw) from error
+        raise as_config_error(error, Comparison, raw, "the file") from error
     if len(set(comparison.seeds)) < len(comparison.seeds):
         raise ConfigError("seeds", list(comparison.seeds), "a seed comes twice", "Give each once")
     for name in comparison.methods:

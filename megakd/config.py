@@ -173,7 +173,7 @@ def parse(raw: dict[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise as_config_error(error, Recipe, raw) from error
+        raise as_config_error(error, Recipe, raw, "the recipe") from error
     check_stages(recipe)
     return recipe
 

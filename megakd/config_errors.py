@@ -24,13 +24,14 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def as_config_error(error: ValidationError, root: type[BaseModel], raw: dict[str, Any]) -> ConfigError:
+def as_config_error(error: ValidationError, root: type[BaseModel], raw: dict[str, Any], whole: str) -> ConfigError:
     """The first finding of pydantic.
 
     Args:
         error: what it raised.
         root: the model that it was to make.
         raw: the values that it was given.
+        whole: what a missing setting has to be added to.
     """
     first = error.errors()[0]
     parts, section, tag = _locate(first["loc"], root, raw)
@@ -41,7 +42,7 @@ def as_config_error(error: ValidationError, root: type[BaseModel], raw: dict[str
             rule = f"{'there is' if tag is None else f'the kind {tag!r} has'} no such setting"
             fix = _nearest(parts[-1], list(section.model_fields))
         case "missing":
-            value, rule, fix = None, "has to be set and is not", f"Add {parts[-1]!r} to the recipe"
+            value, rule, fix = None, "has to be set and is not", f"Add {parts[-1]!r} to {whole}"
         case "union_tag_not_found":
             field, value, rule = f"{field}.kind", None, "has to be set and is not"
             fix = f"Write one of {', '.join(_kinds(first['loc'], section))}"

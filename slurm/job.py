@@ -15,11 +15,12 @@ from pathlib import Path
 
 from megakd.cli import check_stage_names
 from megakd.config import Recipe, dump, load
-from megakd.config_checks import check_world, roles_of
+from megakd.config_checks import roles_of
 from megakd.disk import write_text_atomic
 from megakd.errors import ConfigError, MegakdError
 from megakd.layout import Layout
 from megakd.manifest import MANIFEST
+from megakd.planning.nodes import check_nodes
 
 USAGE_ERROR = 2
 
@@ -87,16 +88,8 @@ def check_job(recipe: Recipe, stages: Sequence[str], nodes: int, ranks_per_node:
             layout or a stage's batch does not divide.
     """
     check_stage_names(recipe, "--stage", stages)
-    world = nodes * ranks_per_node
-    for stage in recipe.stages:
-        for role in roles_of(stage) if not stages or stage.name in stages else ():
-            cut = recipe.role(role).parallel
-            if cut.ranks > world:
-                least = -(-cut.ranks // ranks_per_node)
-                rule = (f"{nodes} x {ranks_per_node} = {world} ranks are fewer than one copy of the {role} takes in "
-                        f"stage {stage.name}: tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context}")
-                raise ConfigError("--nodes", nodes, rule, f"Give it at least {least} nodes, or lower {role}.parallel")
-    check_world(recipe, world, stages)
+    wanted = [stage for stage in recipe.stages if not stages or stage.name in stages]
+    check_nodes(recipe, wanted, nodes, ranks_per_node)
 
 
 def describe(recipe: Recipe, stages: Sequence[str], nodes: int, ranks_per_node: int) -> str:

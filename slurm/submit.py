@@ -30,6 +30,8 @@ from megakd.config import Recipe
 from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError, MegakdError
 from megakd.log import METRICS, read_metrics
+from megakd.planning.cluster import cluster_named
+from megakd.planning.nodes import by_stage, check_device, nodes_of_stages
 
 SCRIPT = Path(__file__).resolve().with_name("adpa_70b_to_7b.sbatch")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -53,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = jobs_of(recipe, options.nodes, options.time)
         for job in jobs:
             check_job(recipe, job.stages, job.nodes, options.gpus_per_node)
-            check_time(recipe, job, options.seconds_per_step)
-        # A planner's verdict (does each stage fit into its GPUs' memory, how long will it take) belongs here: recipe,
-        # jobs and ranks a node are known, and nothing has been submitted.
+        planned = planned_seconds(recipe, jobs, options)
+        for job in jobs:
+            check_time(recipe, job, options.seconds_per_step, planned)
         if options.dry_run:
             show(recipe, jobs, options)
             return 0
@@ -80,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
                      "(a job takes that of its first named stage); default: the job script's")
     top.add_argument("--seconds-per-step", type=float, metavar="S", help="for the check of the walltime, where the run "
                      "has no metrics.jsonl yet")
+    top.add_argument("--cluster", metavar="C", help="plan the trainings on this cluster first, as `megakd plan` does: "
+                     "what does not fit into its GPUs is refused, and the walltime is checked with the predicted time "
+                     "of a step where no other is known")
+    top.add_argument("--prompt-tokens", type=float, metavar="P", help="for --cluster: mean length of the prompts; "
+                     "measured in the data when left out")
+    top.add_argument("--answer-tokens", type=float, metavar="A", help="for --cluster: mean length of the answers")
     top.add_argument("--overrides", type=Path, metavar="FILE", help="settings, one key.key=value a line")
     top.add_argument("--container", metavar="IMAGE", help="run inside this image (pyxis and enroot)")
     top.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch, "
@@ -97,9 +105,8 @@ def jobs_of(recipe: Recipe, nodes: str, time: str | None) -> list[Job]:
             that are not done.
     """
     names = [stage.name for stage in recipe.stages]
-    wanted = by_stage("--nodes", nodes, names)
     times = {} if time is None else by_stage("--time", time, names)
-    counts = {name: count_of(name, text) for name, text in wanted.items()}
+    counts = nodes_of_stages(recipe, nodes)
     first = names.index(next(iter(counts)))
     for name in names[:first]:
         if not is_done(recipe, name):
@@ -113,7 +120,7 @@ def jobs_of(recipe: Recipe, nodes: str, time: str | None) -> list[Job]:
         seconds_of(text)
     jobs: list[Job] = []
     for name in names[first:]:
-        count = counts[name] if name in counts else jobs[-1].nodes
+        count = counts[name]
         if jobs and jobs[-1].nodes == count:
             last = jobs.pop()
             asked = [times[stage] for stage in (*last.stages, name) if stage in times]
@@ -121,34 +128,6 @@ def jobs_of(recipe: Recipe, nodes: str, time: str | None) -> list[Job]:
         else:
             jobs.append(Job((name,), count, times[name] if name in times else walltime))
     return jobs
-
-
-def by_stage(option: str, text: str, known: Sequence[str]) -> dict[str, str]:
-    """The value of each stage that an option names; a value alone is every stage's."""
-    if "=" not in text:
-        return dict.fromkeys(known, text)
-    values: dict[str, str] = {}
-    for item in text.split(","):
-        name, equals, value = item.partition("=")
-        if not equals or not value:
-            raise ConfigError(option, item, "is not of the form STAGE=VALUE", f"Write e.g. {known[0]}=...")
-        if name not in known:
-            raise ConfigError(option, name, "the recipe has no such stage", f"There are: {', '.join(known)}")
-        if name in values:
-            raise ConfigError(option, text, f"names the stage {name!r} twice", "Name it once")
-        values[name] = value
-    ordered = sorted(values, key=known.index)
-    if list(values) != ordered:
-        raise ConfigError(option, ", ".join(values), f"the recipe runs these stages as {', '.join(ordered)}",
-                          "Name them in this order")
-    return values
-
-
-def count_of(name: str, text: str) -> int:
-    """A number of nodes."""
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError("--nodes", f"{name}={text}", "has to be a whole number of at least 1", "Correct it")
-    return int(text)
 
 
 def header(name: str) -> str:
@@ -176,21 +155,55 @@ def seconds_of(time: str) -> float:
     return (sum(hours) * 60 + minutes) * 60 + seconds
 
 
-def check_time(recipe: Recipe, job: Job, given: float | None) -> None:
+def planned_seconds(recipe: Recipe, jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, float]:
+    """The predicted seconds a step of each training that a job is to run, where `--cluster` says on what.
+
+    Raises:
+        ConfigError: a training does not fit into the GPUs' memory, or cannot be planned.
+    """
+    if options.cluster is None:
+        for option in ("prompt_tokens", "answer_tokens"):
+            if getattr(options, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')}", getattr(options, option),
+                                  "is what a plan is made with, and there is none", "Add --cluster, or leave it out")
+        return {}
+    cluster = cluster_named(options.cluster)
+    check_device(recipe, cluster)
+    # Imported late: it loads torch.
+    from megakd.planning.lengths import given_lengths
+    from megakd.planning.plan import plan_training
+
+    lengths = given_lengths(options.prompt_tokens, options.answer_tokens)
+    seconds = {}
+    for job in jobs:
+        for stage in trainings(recipe, job):
+            plan = plan_training(recipe, stage, cluster, job.nodes, options.gpus_per_node, lengths, best=0)
+            seconds[stage.name] = plan.own.seconds
+    return seconds
+
+
+def trainings(recipe: Recipe, job: Job) -> list[TrainStage]:
+    """The training stages that a job still has to run."""
+    return [stage for stage in recipe.stages
+            if stage.name in job.stages and isinstance(stage, TrainStage) and not is_done(recipe, stage.name)]
+
+
+def check_time(recipe: Recipe, job: Job, given: float | None, planned: Mapping[str, float]) -> None:
     """Refuses a walltime in which a training would not come to its first checkpoint, where the time of a step is known.
 
     Args:
         given: seconds a step; the stage's own `metrics.jsonl` is asked when None.
+        planned: seconds a step that are taken for a stage where both know nothing.
     """
-    for stage in recipe.stages:
-        if stage.name not in job.stages or not isinstance(stage, TrainStage) or is_done(recipe, stage.name):
+    for stage in trainings(recipe, job):
+        known = {"--seconds-per-step": given, METRICS: measured(recipe, stage.name),
+                 "--cluster": planned.get(stage.name)}
+        source = next((name for name, value in known.items() if value is not None), None)
+        if source is None:
             continue
-        seconds = given if given is not None else measured(recipe, stage.name)
-        if seconds is None:
-            continue
+        seconds = known[source]
         steps = stage.checkpoint_every if stage.steps is None else min(stage.checkpoint_every, stage.steps)
         if (needed := steps * seconds) > seconds_of(job.time):
-            source = "--seconds-per-step" if given is not None else METRICS
             fewer = int(seconds_of(job.time) // seconds)
             fix = f"Give it at least {-int(-needed // 60)} minutes"
             if fewer > 0:

@@ -167,8 +167,8 @@ class Candidate:
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON: seconds, bytes, operations."""
         return {
-            "layout": {name: layout_of(role) for name, role in self.roles.items()},
-            "scored_beforehand": {role: {"layout": layout_of(each.setup), "seconds": each.seconds,
+            "layout": {name: settings_of(role) | {"data": role.layout.data} for name, role in self.roles.items()},
+            "scored_beforehand": {role: {"layout": settings_of(each.setup), "seconds": each.seconds,
                                          "file_bytes": each.file_bytes} for role, each in self.scoring.items()},
             "memory": {"pipeline_rank": self.pipeline_rank, "fullest": self.memory.fullest, "parts": self.memory.parts,
                        "total": self.memory.total, "room": room(self.cluster), "fits": self.fits},
@@ -192,10 +192,10 @@ def room(cluster: Cluster) -> float:
     return (cluster.device.memory_gib - cluster.device.reserved_gib) * GIB / (1 + MARGIN)
 
 
-def layout_of(role: RoleSetup) -> dict[str, Any]:
-    """A role's settings, by the recipe's names, with the number of its copies."""
+def settings_of(role: RoleSetup) -> dict[str, Any]:
+    """A role's settings, by the recipe's names."""
     return {**{f"parallel.{name}": value for name, value in role.parallel.model_dump().items()},
-            "micro_batch": role.micro_batch, "recompute": role.recompute, "data": role.layout.data}
+            "micro_batch": role.micro_batch, "recompute": role.recompute}
 
 
 def layout_text(role: RoleSetup) -> str:

@@ -82,4 +82,23 @@ def load_cluster(path: Path | str) -> Cluster:
     try:
         return Cluster.model_validate(raw)
     except ValidationError as error:
-        raise as_config_error(error, Cluster, raw) from error
+        found = as_config_error(error, Cluster, raw, "the file")
+        raise ConfigError(f"{path}: {found.field}", found.value, found.rule, found.fix) from error
+
+
+DESCRIPTIONS = Path(__file__).parents[2] / "slurm" / "clusters"
+
+
+def cluster_named(name: str) -> Cluster:
+    """The cluster of a file, or of a file in slurm/clusters/ by its bare name, such as `h100`.
+
+    Raises:
+        ConfigError: as `load_cluster`; no such file, with the names that there are.
+    """
+    described = {file.stem: file for file in sorted(DESCRIPTIONS.glob("*.yaml"))}
+    if name in described:
+        return load_cluster(described[name])
+    if not Path(name).is_file():
+        known = f"one of {', '.join(described)} or the path of a file" if described else "the path of a file"
+        raise ConfigError("--cluster", name, "there is no such file", f"Give {known} (docs/cluster.md)")
+    return load_cluster(name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
-from itertools import product
+from itertools import product, zip_longest
 
 from megakd.batch import Kind
 from megakd.config import Parallel
@@ -22,7 +22,7 @@ from megakd.config_checks import batch_multiple, check_parallel
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, padded_kv_heads
-from megakd.planning.candidate import Candidate, Scoring, layout_of, room
+from megakd.planning.candidate import Candidate, Scoring, room, settings_of
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory import training_memory
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
@@ -159,12 +159,14 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
     if not students:
         return []
     options = teachers_options(question, cluster, limits, students)
+    if not all(options.values()):
+        return []  # a teacher that fits nowhere even alone
     found: list[Candidate] = []
     if BESIDE in limits.placements or not options:
         fronts = {role: pareto(each, _costs) for role, each in options.items()}
         found += _best(question, cluster, limits, _student_options(question, cluster, students, fronts),
                        beside(fronts), {})
-    if BEFORE in limits.placements and options and question.signal is not None and all(options.values()):
+    if BEFORE in limits.placements and options and question.signal is not None:
         quickest = {role: min(each, key=lambda option: option.forward) for role, each in options.items()}
         scoring = {role: Scoring(option.role, option.forward, question.signal_bytes(role))
                    for role, option in quickest.items()}
@@ -172,7 +174,7 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
                        scoring)
     found.sort(key=_order)
     with_reasons = [replace(one, reason=why(one, other, question.trains))
-                    for one, other in zip(found, [*found[1:], None], strict=True)]
+                    for one, other in zip_longest(found, found[1:])]
     of_each = [[each for each in with_reasons if bool(each.scoring) == scored][: limits.best]
                for scored in (False, True)]
     return sorted((each for some in of_each for each in some), key=_order)
@@ -296,17 +298,23 @@ def _student_options(question: Question, cluster: Cluster, students: Sequence[Ro
     groups: dict[tuple[int, int, int], list[Option]] = {}
     for student in students:
         setup = question.setup(student, teachers, stored)
-        kept, phase = [], []
-        for rank in {0, student.parallel.pipeline - 1}:
-            memory = training_memory(setup, rank)
-            kept.append(sum(memory.kept.values()) - sum(memory.kept[f"{role}: weights"] for role in teachers))
-            phase.append(max(sum(parts.values()) for name, parts in memory.phases.items()
-                             if name not in {f"{role} runs" for role in teachers}))
-        option = Option(student, tuple(kept), tuple(phase), 0.0)
+        option = Option(student, *own_needs(setup), 0.0)
         if fits(option, lightest, cluster):
             timed = replace(option, seconds=training_time(cluster, setup).total)
             groups.setdefault(_group(student), []).append(timed)
     return [option for group in groups.values() for option in pareto(group, _costs)]
+
+
+def own_needs(setup: TrainingSetup) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the trained model keeps, and needs at its fullest moment, on its first and last stage: without the teachers'
+    weights and forward passes."""
+    kept, phase = [], []
+    for rank in {0, setup.trained.parallel.pipeline - 1}:
+        memory = training_memory(setup, rank)
+        kept.append(sum(memory.kept.values()) - sum(memory.kept[f"{role}: weights"] for role in setup.teachers))
+        phase.append(max(sum(parts.values()) for name, parts in memory.phases.items()
+                         if name not in {f"{role} runs" for role in setup.teachers}))
+    return tuple(kept), tuple(phase)
 
 
 def _costs(option: Option) -> tuple[float, ...]:
@@ -356,11 +364,11 @@ def differences(one: Candidate, other: Candidate, trains: str) -> list[str]:
     for name, role in one.roles.items():
         if name not in other.roles:
             continue
-        theirs = layout_of(other.roles[name])
+        theirs = settings_of(other.roles[name])
         label = trains if name == "student" else name
         words += [f"{label} {setting.removeprefix('parallel.')} {_value(value)} (not {_value(theirs[setting])})"
-                  for setting, value in layout_of(role).items()
-                  if value != theirs[setting] and setting not in ("data", "parallel.pad_heads")]
+                  for setting, value in settings_of(role).items()
+                  if value != theirs[setting] and setting != "parallel.pad_heads"]
     return words
 
 

@@ -12,17 +12,9 @@ from megakd.planning.recipe import setup_of_stage
 from megakd.planning.setup import LossCall, RoleSetup
 from megakd.planning.sizes import layer_flops, layer_widths, model_flops, parameter_count, shard_parameters
 from megakd.planning.work import Lengths, work_of_lengths, work_of_step
+from tests.planning_cases import LLAMA_8B, LLAMA_70B, LLAMA_405B, architecture
 from tests.recipes import stage, tiny_recipe
 
-
-def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tied=False) -> Architecture:
-    return Architecture("llama", hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, 1e-5, 1e4, None, tied,
-                        False, 8192)
-
-
-LLAMA_8B = architecture(4096, 32, 32, 8, 128, 14336, 128256)
-LLAMA_70B = architecture(8192, 80, 64, 8, 128, 28672, 128256)
-LLAMA_405B = architecture(16384, 126, 128, 8, 128, 53248, 128256)
 PUBLISHED = {  # sizes, norms a layer, and parameters as the models' safetensors files have them
     "Llama 3.2 1B": (architecture(2048, 16, 32, 8, 64, 8192, 128256, tied=True), 2, 1_235_814_400),
     "Llama 3.2 3B": (architecture(3072, 28, 24, 8, 128, 8192, 128256, tied=True), 2, 3_212_749_824),

@@ -1,0 +1,184 @@
+"""What each stage of a recipe needs and takes on a cluster, as it is and at its best: the command `megakd plan`.
+
+Needs the models' config.json; of data and tokenizer only where lengths are to be measured; no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megakd.config import Recipe
+from megakd.config_checks import answering_roles, roles_of
+from megakd.config_stages import ScoreStage, TrainStage
+from megakd.errors import ConfigError
+from megakd.hf.pieces import check_layout
+from megakd.planning.candidate import GIB, MARGIN, Candidate, layout_text, room
+from megakd.planning.cluster import Cluster
+from megakd.planning.lengths import lengths_of
+from megakd.planning.nearest import changes_between, smallest_change
+from megakd.planning.nodes import check_nodes
+from megakd.planning.recipe import question_of_stage, setup_of_stage
+from megakd.planning.search import Limits, Question, check_arithmetic, search
+from megakd.planning.work import Lengths
+
+MOST_NODES = 2048
+"""Up to where the fewest nodes are looked for."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training stage on a number of nodes."""
+
+    stage: TrainStage
+    nodes: int
+    question: Question
+    own: Candidate
+    """The recipe's layout."""
+    best: tuple[Candidate, ...]
+    """The best layouts found, best first."""
+    notes: tuple[str, ...]
+    """What the numbers leave out, and what to heed."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole stage."""
+        if self.stage.steps is not None:
+            return self.stage.steps
+        return math.ceil(self.stage.tokens / self.own.setup.work.tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        return {
+            "stage": self.stage.name, "kind": self.stage.kind, "objective": self.stage.objective.kind,
+            "nodes": self.nodes, "gpus": self.question.world, "steps": self.steps,
+            "global_batch": self.stage.global_batch, "tokens_per_step": self.own.setup.work.tokens,
+            "lengths": vars(self.question.lengths), "notes": list(self.notes),
+            "own": self._numbers(self.own), "best": [self._numbers(each) for each in self.best],
+        }
+
+    def _numbers(self, candidate: Candidate) -> dict[str, Any]:
+        return candidate.as_dict() | {
+            "gpu_hours": candidate.gpu_hours(self.steps), "hours": self.steps * candidate.seconds / 3600,
+            "changes": changes_between(self.own, candidate, self.question.trains)}
+
+
+def plan_recipe(recipe: Recipe, cluster: Cluster, nodes: Mapping[str, int] | None, lengths: Lengths | None,
+                best: int) -> list[TrainingPlan]:
+    """Plans of a recipe's training stages.
+
+    Args:
+        recipe: the recipe.
+        cluster: where it would run.
+        nodes: nodes of each stage that is to be planned; each stage's fewest when None.
+        lengths: of prompts and answers; measured in the data when None.
+        best: how many layouts to look for besides the recipe's own.
+
+    Raises:
+        ConfigError: a stage cannot run on these nodes or does not fit into their memory, with the smallest change that
+            helps; lengths are neither given nor can be measured.
+        ModelError: a model's config.json is missing or not supported.
+    """
+    plans = []
+    for stage in recipe.stages:
+        if isinstance(stage, TrainStage) and (nodes is None or stage.name in nodes):
+            plans.append(plan_training(recipe, stage, cluster, None if nodes is None else nodes[stage.name],
+                                       cluster.devices_per_node, lengths, best))
+    return plans
+
+
+def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: int | None, ranks_per_node: int,
+                  lengths: Lengths | None, best: int) -> TrainingPlan:
+    """The plan of a training stage; the arguments and errors are those of `plan_recipe`."""
+    check_models(recipe, stage)
+    mean = lengths_of(recipe, stage, lengths)
+    if nodes is None:
+        nodes = fewest_nodes(recipe, stage, cluster, ranks_per_node, mean)
+    check_nodes(recipe, [stage], nodes, ranks_per_node)
+    question = question_of_stage(recipe, stage, nodes * ranks_per_node, mean)
+    check_arithmetic(question, cluster)
+    own = Candidate(cluster, setup_of_stage(recipe, stage, question.world, mean))
+    if not own.fits:
+        raise does_not_fit(recipe, stage, question, own)
+    found = search(question, cluster, Limits(best=best)) if best > 0 else []
+    return TrainingPlan(stage, nodes, question, own, tuple(found), notes_on(recipe, stage, own))
+
+
+def check_models(recipe: Recipe, stage: TrainStage) -> None:
+    """Refuses layouts that the models of a stage cannot be cut into. Raises ConfigError and ModelError."""
+    question = question_of_stage(recipe, stage, 1, Lengths(0, 0))
+    named = {stage.trains: question.trained} | {
+        role: architecture for role, architecture in question.teachers.items() if role in roles_of(stage)}
+    for name, architecture in named.items():
+        cut = recipe.role(name).parallel
+        check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, name)
+
+
+def fewest_nodes(recipe: Recipe, stage: TrainStage, cluster: Cluster, ranks_per_node: int, lengths: Lengths) -> int:
+    """The fewest nodes, a power of two, on which a stage can run in its own layout and fits into the memory; where it
+    fits on none, the fewest on which it can run.
+
+    Raises:
+        ConfigError: it can run on no number of them.
+    """
+    first: int | None = None
+    refusal: ConfigError | None = None
+    nodes = 1
+    while nodes <= MOST_NODES:
+        try:
+            check_nodes(recipe, [stage], nodes, ranks_per_node)
+        except ConfigError as error:
+            refusal = refusal or error
+        else:
+            first = first or nodes
+            if Candidate(cluster, setup_of_stage(recipe, stage, nodes * ranks_per_node, lengths)).fits:
+                return nodes
+        nodes *= 2
+    if first is None:
+        raise refusal
+    return first
+
+
+def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Candidate) -> ConfigError:
+    """The refusal of a layout that needs more memory than there is: which part is the largest, and what helps."""
+    memory, device = own.memory, own.cluster.device
+    largest = max(memory.parts, key=lambda part: memory.parts[part])
+    rule = (f"needs {memory.total / GIB:.1f} GiB of a GPU (pipeline rank {own.pipeline_rank}, {memory.fullest!r}) and "
+            f"has {room(own.cluster) / GIB:.1f} ({device.memory_gib:g} less {device.reserved_gib:g} reserved, "
+            f"{100 * MARGIN:.0f} % kept free); most of it is {largest!r}, {memory.parts[largest] / GIB:.1f} GiB")
+    scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
+    stored = {role: scored[name] for role, name in stage.signals.stages.items()}
+    change = smallest_change(question, own, stored, Limits())
+    if change is not None:
+        settings = " ".join(changes_between(own, change, question.trains))
+        fix = f"Set {settings} ({change.memory.total / GIB:.1f} GiB, {change.seconds:.3g} s a step)"
+    else:
+        fix = _other_ways(question, own)
+    roles = "; ".join(f"{stage.trains if name == 'student' else name} {layout_text(role)}"
+                      for name, role in own.roles.items())
+    return ConfigError(f"stages.{stage.name}", f"{roles}; {question.world} GPUs", rule, fix)
+
+
+def _other_ways(question: Question, own: Candidate) -> str:
+    """What helps where no few changes do."""
+    found = search(question, own.cluster, Limits(best=1))
+    if not found:
+        return f"No layout of these models fits on {question.world} GPUs: give it more nodes"
+    quickest = found[0]
+    return f"Set {' '.join(changes_between(own, quickest, question.trains))}" + (
+        ", with the teachers scored beforehand" if quickest.scoring else "")
+
+
+def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides."""
+    notes = []
+    if stage.online is not None:
+        notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
+    answers = [other.name for other in recipe.stages if stage.trains in answering_roles(other) and other != stage]
+    if answers and not own.setup.trained.parallel.sequence:
+        notes.append(f"{stage.trains}.parallel.sequence=true is for this stage by itself (--stage {stage.name}): in "
+                     f"{', '.join(answers)} the {stage.trains} answers")
+    return tuple(notes)
+
