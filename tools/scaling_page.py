@@ -15,10 +15,12 @@ from megakd.planning.sizes import parameter_count
 
 Row = Mapping[str, Any]
 TIME_PARTS = {
-    "student: layers": ("student: layers",), "loss": ("loss",), "teachers: forward": (": forward",),
-    "teachers: scoring before": ("scoring seconds",), "hidden states' way": (": hidden states",),
-    "pipeline's wait": ("pipeline's wait",),
-    "messages of the student": ("messages between stages", "gradients between replicas", "parameters to replicas"),
+    "student: layers": ("student: layers", "student: products", "student: attention", "student: other kernels",
+                        "student: calls"),
+    "loss": ("time: loss",), "teachers: forward": (": forward",), "teachers: scoring before": ("scoring seconds",),
+    "hidden states' way": (": hidden states",), "pipeline's wait": ("pipeline's wait",),
+    "student: messages": ("tensor messages", "messages between stages", "gradients between replicas",
+                          "parameters to replicas"),
     "optimizer": ("optimizer",),
 }
 MEMORY_PARTS = {
@@ -52,20 +54,41 @@ def page(cluster: Cluster, rows: Sequence[Row], measured: Sequence[Row], options
     sections = [f"<h1>A training step at scale: {escape(cluster.name)}</h1>"]
     if rows:
         sections.append(f'<p class="note">From arithmetic, with the rates of {escape(Path(options.cluster).name)}: '
-                        "nothing here was measured. Every case has the best layout that the search finds. ADPA has a "
-                        "teacher and a reference of the teacher's size.</p>")
+                        "nothing here was measured. Every case has the best layout that the search finds. The method "
+                        f"is {options.method} where no other is named; ADPA has a teacher and a reference of the "
+                        "teacher's size.</p>")
     if fitting:
         sections += [_time(fitting, options), _memory(fitting, options), _hours(fitting, options),
                      _shares(fitting, options), _weak(fitting, options), _strong(fitting, options),
                      _varied(fitting, options), _signals(cluster, options, models)]
-        missing = [row for row in rows if row["place"] == "none fits"]
-        if missing:
-            names = ", ".join(f"{_label(row)} on {row['world']:,} GPUs" for row in missing)
-            sections.append(_section("What does not fit", "", f"No layout that the search looks at fits for {names}."))
+        sections.append(_missing(rows))
     if measured:
         sections.append(_measured(measured))
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Scaling study</title>'
             f"<style>{_STYLE}</style></head>\n<body><main>{''.join(filter(None, sections))}</main></body></html>\n")
+
+
+def _missing(rows: Sequence[Row]) -> str:
+    """The cases that have no row in some place."""
+    def names(chosen: Iterable[Row]) -> str:
+        return "; ".join(dict.fromkeys(
+            f"{_label(row)} on {row['world']:,} GPUs ({row['method']}, {row['length']:,} tokens)" for row in chosen))
+
+    none = [row for row in rows if row["place"] == "none fits"]
+    places: dict[tuple, set[str]] = {}
+    for row in rows:
+        places.setdefault(_key(row), set()).add(row["place"])
+    before = [row for row in rows if row["place"] == "before" and "beside" not in places[_key(row)]]
+    texts = [f"No layout that the search looks at fits for {names(none)}."] if none else []
+    texts += [f"Only with teachers that score before: {names(before)}."] if before else []
+    texts.append("Stages divide a model's layers and the GPUs: with a power of two of GPUs, 405B's 126 layers make 2 "
+                 "stages at most.")
+    return _section("What does not fit", "", " ".join(texts)) if none or before else ""
+
+
+def _key(row: Row) -> tuple:
+    return tuple(row[name] for name in ("figure", "teacher", "student", "method", "world", "groups", "length",
+                                        "vocabulary", "dtype"))
 
 
 def _section(title: str, figure: str, text: str) -> str:
@@ -230,7 +253,8 @@ def _signals(cluster: Cluster, options: argparse.Namespace, models: Mapping[str,
     teacher = models[options.teacher]
     hidden, vocabulary = teacher.hidden_size, teacher.vocab_size
     rates = cluster.device.rates["bf16" if "bf16" in cluster.device.rates else "fp32"]
-    speed, network = rates.peak_tflops * 1e12 * rates.efficiency, cluster.network_link.gb_s * 1e9
+    speed = rates.peak_tflops * 1e12 * rates.efficiency
+    network = (cluster.network_link or cluster.node_link).gb_s * 1e9
     again, forward = 2.0 * hidden * vocabulary, 2.0 * parameter_count(teacher)
     us = {"hidden": 1e6 * (2 * hidden / network), "head": 1e6 * again / speed, "logits": 1e6 * 2 * vocabulary / network}
     ahead = "less" if us["hidden"] + us["head"] < us["logits"] else "more"

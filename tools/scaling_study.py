@@ -73,7 +73,7 @@ class Case:
     world: int
     groups: int
     """Of a step: a prompt with its answers."""
-    method: str = "adpa"
+    method: str = "dckd"
     prompt: int = 256
     answer: int = 768
     vocabulary: int = 128256
@@ -96,8 +96,9 @@ class Case:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Pairs of models over numbers of GPUs with equal work a GPU, one pair with equal work in all, and one pair with
     everything else varied in turn."""
-    worlds, base = sorted(options.worlds), Case("weak", options.teacher, options.student, options.world, 0)
-    base = replace(base, groups=base.world * options.groups_a_gpu)
+    worlds = sorted(options.worlds)
+    base = Case("weak", options.teacher, options.student, options.world, options.world * options.groups_a_gpu,
+                options.method)
     pairs = [(teacher, student) for student in options.students for teacher in options.teachers
              if list(MODELS).index(teacher) >= list(MODELS).index(student)]
     for teacher, student in pairs:
@@ -171,7 +172,7 @@ def messages_of(candidate: Candidate) -> dict[str, float]:
 def separate(candidate: Candidate) -> tuple[float, float]:
     """Teachers on GPUs of their own, as many more as keep pace with the training, sending hidden states over the
     network: how many GPUs more, and seconds of a step. The engine does not have it; it is counted for comparison."""
-    link = candidate.cluster.network_link
+    link = candidate.cluster.network_link or candidate.cluster.node_link
     receivers = candidate.setup.trained.layout.data * candidate.setup.trained.parallel.tensor
     arrives = sum(each.file_bytes for each in candidate.scoring.values()) / receivers / (link.gb_s * 1e9)
     seconds = candidate.time.total + arrives
@@ -203,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", type=_words, default=list(METHODS))
     made.add_argument("--teacher", default="70B", help="of the cases where something else varies")
     made.add_argument("--student", default="8B")
+    made.add_argument("--method", default="dckd")
     made.add_argument("--world", type=int, default=256)
     made.add_argument("--groups-a-gpu", type=int, default=2, help="prompts with their answers in a step")
     made.add_argument("--strong-groups", type=int, default=1024, help="of a step, where more GPUs share equal work")
@@ -226,7 +228,7 @@ def check(options: argparse.Namespace) -> None:
     """Refuses names that are not there. Raises ConfigError."""
     for field, names, known in (("--teachers", options.teachers, MODELS), ("--students", options.students, MODELS),
                                 ("--teacher", [options.teacher], MODELS), ("--student", [options.student], MODELS),
-                                ("--methods", options.methods, METHODS)):
+                                ("--method", [options.method], METHODS), ("--methods", options.methods, METHODS)):
         for name in names:
             if name not in known:
                 raise ConfigError(field, name, "is not known", f"Write one of {', '.join(known)}")
