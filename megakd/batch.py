@@ -322,13 +322,13 @@ class Step:
         kinds: Sequence[Kind] = tuple(Kind),
     ) -> list[Batch]:
         """The micro-batches of one replica, given as its row of `table`; sequences of other kinds are left out."""
-        groups, sample_ids = [], []
-        for group, numbers in zip(self.groups, self.sample_ids, strict=True):
-            kept = [
-                (sample, number) for sample, number in zip(group.samples, numbers, strict=True) if sample.kind in kinds
-            ]
-            groups.append(Group(group.key, tuple(sample for sample, _ in kept)))
-            sample_ids.append([number for _, number in kept])
+        groups, sample_ids = {}, {}
+        for number in (number for numbers in micro_batches for number in numbers):
+            group = self.groups[number]
+            kept = [(sample, own) for sample, own in zip(group.samples, self.sample_ids[number], strict=True)
+                    if sample.kind in kinds]
+            groups[number] = Group(group.key, tuple(sample for sample, _ in kept))
+            sample_ids[number] = [own for _, own in kept]
         longest = max(sum(groups[number].total_length for number in numbers) for numbers in micro_batches)
         return [
             collate(
