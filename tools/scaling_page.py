@@ -29,6 +29,7 @@ MEMORY_PARTS = {
     "hidden states": (": hidden states", "rows to send"), "activations": ("activations", ": forward"),
     "loss": ("memory: loss", "loss positions", "head's gradient", "embedding's gradient"),
 }
+_ORDER = tuple(TIME_PARTS)
 LISTED = (64, 1024)
 """Likely tokens a position of the top-k lists that are drawn."""
 LIST_BYTES = 6
@@ -72,7 +73,8 @@ def _missing(rows: Sequence[Row]) -> str:
     """The cases that have no row in some place."""
     def names(chosen: Iterable[Row]) -> str:
         return "; ".join(dict.fromkeys(
-            f"{_label(row)} on {row['world']:,} GPUs ({row['method']}, {row['length']:,} tokens)" for row in chosen))
+            f"{_label(row)} on {row['world']:,} GPUs ({row['method']}, {row['groups']:,} prompts a step of "
+            f"{row['length']:,} tokens)" for row in chosen))
 
     none = [row for row in rows if row["place"] == "none fits"]
     places: dict[tuple, set[str]] = {}
@@ -123,7 +125,9 @@ def _label(row: Row) -> str:
 
 
 def _time(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    bars = [(f"{_label(row)}, {row['place']}", _times(row)) for row in _of(rows, figure="weak", world=options.world)]
+    bars = [(f"{_label(row)}, {row['place']}: {row['seconds']:.3g} s",
+             {part: 100 * seconds / row["seconds"] for part, seconds in _times(row).items()})
+            for row in _of(rows, figure="weak", world=options.world)]
     own = _of(_pairs(rows, options), teacher=options.teacher, student=options.student)
     text = (f"{options.world} GPUs, {options.groups_a_gpu} prompts a GPU and step. \"Beside\": teachers run on the "
             "same GPUs in the same step; \"before\": they have scored the answers in a stage of their own, whose time "
@@ -132,7 +136,7 @@ def _time(rows: Sequence[Row], options: argparse.Namespace) -> str:
         share = _times(own[0]).get("teachers: forward", 0.0) / own[0]["seconds"]
         text += (f" Of {_label(own[0])} the teachers' forward passes are {share:.0%} of the step, the loss "
                  f"{_times(own[0]).get('loss', 0.0) / own[0]['seconds']:.1%}.")
-    return _section("Time of a step", stacked_bars("seconds a step", bars), text)
+    return _section("Time of a step", stacked_bars("% of a step", bars, _ORDER, sums=False), text)
 
 
 def _memory(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -186,11 +190,12 @@ def _shares(rows: Sequence[Row], options: argparse.Namespace) -> str:
     mine = _of(rows, figure="weak", place="beside", student=options.student)
     if not mine:
         return ""
-    first, last = (min(mine, key=lambda row: row["world"]), max(mine, key=lambda row: row["world"]))
+    own = _of(mine, teacher=options.teacher) or mine
+    first, last = (min(own, key=lambda row: row["world"]), max(own, key=lambda row: row["world"]))
     text = (f"Share of a step in which messages travel, student {options.student}: tensor groups' sums of student and "
             "teachers, stages' messages, gradients and parameters that no computation hides, and the teachers' hidden "
-            f"states. With equal work a GPU it is {_messages(first):.0%} on {first['world']:,} GPUs ({_label(first)}) "
-            f"and {_messages(last):.0%} on {last['world']:,} ({_label(last)}). It jumps where the search changes the "
+            f"states. With equal work a GPU it is {_messages(first):.0%} on {first['world']:,} GPUs and "
+            f"{_messages(last):.0%} on {last['world']:,} for {_label(last)}. It jumps where the search changes the "
             "layout.")
     return _section("Communication", line_chart("GPUs", "share of a step, %", _series(
         mine, lambda row: 100 * _messages(row))), text)
@@ -236,11 +241,12 @@ def _varied(rows: Sequence[Row], options: argparse.Namespace) -> str:
     if not bars:
         return ""
     text = (f"{options.teacher} into {options.student} on {options.world} GPUs, teachers beside: GPU-time for a "
-            "million student tokens, so that steps of different sizes compare. Attention grows with the length; the "
-            "vocabulary touches the loss alone, and no message (docs/cluster.md); DPO's reference is of the student's "
+            "million student tokens, so that steps of different sizes compare. Attention grows with the length. The "
+            "vocabulary touches the loss alone, and no message (docs/cluster.md); where other parts change with it, "
+            "the search has found another layout to be quicker. DPO's reference is of the student's "
             "size, SFT has no teacher.")
     return _section("Length, vocabulary, precision, method",
-                    stacked_bars("GPU-seconds for a million student tokens", bars), text)
+                    stacked_bars("GPU-seconds for a million student tokens", bars, _ORDER), text)
 
 
 def _signals(cluster: Cluster, options: argparse.Namespace, models: Mapping[str, Architecture]) -> str:

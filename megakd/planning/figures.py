@@ -13,18 +13,23 @@ STYLE = (
     "svg{font:13px sans-serif;max-width:100%;height:auto}svg text{fill:#222}svg .tick{fill:#555}"
     "svg .grid{stroke:#e2e2e2}svg .axis{stroke:#555;fill:none}"
 )
-_WIDTH, _LEFT, _RIGHT, _TOP = 880, 210, 90, 30
+_WIDTH, _LEFT, _RIGHT, _TOP = 880, 220, 80, 30
 _BAR, _LEGEND = 24, 20
 
 
-def stacked_bars(unit: str, bars: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-    """A horizontal bar for each label, its parts behind one another, its sum at its end.
+def stacked_bars(unit: str, bars: Sequence[tuple[str, Mapping[str, float]]], order: Sequence[str] = (), *,
+                 sums: bool = True) -> str:
+    """A horizontal bar for each label, its parts behind one another.
 
     Args:
         unit: of the numbers, at the axis.
         bars: (label, part -> value); parts have the same colour in all bars.
+        order: names of parts, for the same colours in several figures; parts that it does not name follow.
+        sums: whether a bar's sum stands at its end.
     """
-    parts = list(dict.fromkeys(name for _, values in bars for name, value in values.items() if value > 0))
+    there = list(dict.fromkeys(name for _, values in bars for name, value in values.items() if value > 0))
+    every = list(dict.fromkeys([*order, *there]))
+    parts = {name: COLOURS[every.index(name) % len(COLOURS)] for name in every if name in there}
     high = max((sum(values.values()) for _, values in bars), default=0.0) or 1.0
     legend, down = _legend(parts, _TOP - 14)
     bottom = down + _BAR * len(bars)
@@ -42,9 +47,10 @@ def stacked_bars(unit: str, bars: Sequence[tuple[str, Mapping[str, float]]]) -> 
             width = values.get(part, 0.0) / high * (_WIDTH - _LEFT - _RIGHT)
             if width > 0:
                 drawn.append(f'<rect x="{_across(start / high):.1f}" y="{y + 3}" width="{width:.2f}" '
-                             f'height="{_BAR - 6}" fill="{COLOURS[parts.index(part) % len(COLOURS)]}"/>')
+                             f'height="{_BAR - 6}" fill="{parts[part]}"/>')
             start += values.get(part, 0.0)
-        drawn.append(f'<text x="{_across(start / high) + 6:.1f}" y="{y + 16}">{start:.3g}</text>')
+        if sums:
+            drawn.append(f'<text x="{_across(start / high) + 6:.1f}" y="{y + 16}">{start:.3g}</text>')
     return _svg(bottom + 44, drawn)
 
 
@@ -66,7 +72,8 @@ def line_chart(x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[flo
     low, high = _ends([y for _, y in points], log_y)
     first, last = (math.log10(xs[0]), math.log10(xs[-1])) if integers else _ends(xs, True)
     left, width, height, span = 80, _WIDTH - 80 - 40, 300, (last - first) or 1.0
-    legend, down = _legend(list(series), _TOP - 14, dashed)
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(series)}
+    legend, down = _legend(colours, _TOP - 14, dashed)
     bottom = down + height
 
     def across(x: float) -> float:
@@ -93,8 +100,8 @@ def line_chart(x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[flo
     drawn.append(f'<path class="axis" d="M{left},{down}V{bottom}H{left + width}"/>'
                  f'<text class="tick" x="{left + width / 2:.0f}" y="{bottom + 38}" text-anchor="middle">'
                  f'{escape(x_name)}</text>')
-    for number, (name, line) in enumerate(series.items()):
-        colour, places = COLOURS[number % len(COLOURS)], [(across(x), up(y)) for x, y in sorted(line)]
+    for name, line in series.items():
+        colour, places = colours[name], [(across(x), up(y)) for x, y in sorted(line)]
         if name not in dots:
             dash = ' stroke-dasharray="6 4"' if name in dashed else ""
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -124,14 +131,13 @@ def _across(share: float) -> float:
     return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _legend(names: Sequence[str], y: float, dashed: Sequence[str] = ()) -> tuple[str, float]:
+def _legend(colours: Mapping[str, str], y: float, dashed: Sequence[str] = ()) -> tuple[str, float]:
     """Names with their colours in as many lines as they need; and where the figure below them begins."""
     drawn, x = [], 12.0
-    for number, name in enumerate(names):
+    for name, colour in colours.items():
         width = 34 + 7.4 * len(name)
         if x + width > _WIDTH and x > 12:
             x, y = 12.0, y + _LEGEND
-        colour = COLOURS[number % len(COLOURS)]
         dash = ' stroke-dasharray="6 4"' if name in dashed else ""
         drawn.append(f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="6"{dash}/>'
                      f'<text x="{x + 24}" y="{y + 5}">{escape(name)}</text>')
