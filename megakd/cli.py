@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.config import Recipe, load
-from megakd.errors import MegakdError
+from megakd.errors import ConfigError, MegakdError
 from megakd.interruption import INTERRUPTED, Interrupted
 
 logger = logging.getLogger("megakd")
@@ -69,10 +69,15 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(action=run_command)
 
     plan = commands.add_parser("plan", help="say what a recipe needs and takes on a cluster, and the best layouts")
-    plan.add_argument("recipe", help="path of a recipe.yaml")
+    plan.add_argument("recipe", nargs="?", help="path of a recipe.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key.key=value", help="settings laid over the recipe")
-    plan.add_argument("--cluster", required=True, metavar="C",
+    plan.add_argument("--cluster", metavar="C",
                       help="description of a cluster: a file, or a name in slurm/clusters/ such as h100")
+    plan.add_argument("--calibrate", type=Path, metavar="FILE", help="plan nothing: measure this machine (under srun "
+                      "or torchrun: these) and write its description")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="what --calibrate measures")
+    plan.add_argument("--processes", type=int, default=1, metavar="N", help="ranks that measure at the same time: one "
+                      "a GPU, or as many as a training will have on this CPU; default: 1")
     plan.add_argument("--nodes", metavar="STAGE=N,...", help="nodes of each stage (one that is not named has those of "
                       "the one before), or one number for all; default: the fewest that each stage fits on")
     plan.add_argument("--best", type=int, default=3, metavar="N",
@@ -107,7 +112,7 @@ def run_command(options: argparse.Namespace) -> int:
         print(f"{options.recipe}: can run on {world} ranks")
         return 0
     if not launched:
-        start_ranks(recipe)
+        start_ranks(recipe.processes)
     from megakd.pipeline import run_recipe
 
     run_recipe(recipe, tuple(options.stage), tuple(options.redo))
@@ -118,17 +123,15 @@ def run_command(options: argparse.Namespace) -> int:
 
 def check_stage_names(recipe: Recipe, option: str, names: Sequence[str]) -> None:
     """Refuses a stage that the recipe does not have."""
-    from megakd.errors import ConfigError
-
     known = [stage.name for stage in recipe.stages]
     for name in names:
         if name not in known:
             raise ConfigError(option, name, "the recipe has no such stage", f"There are: {', '.join(known)}")
 
 
-def start_ranks(recipe: Recipe) -> None:
-    """Replaces this process by a launcher that runs the same command on `recipe.processes` ranks of this machine."""
-    threads = max(1, (os.cpu_count() or 1) // recipe.processes)
+def start_ranks(processes: int) -> None:
+    """Replaces this process by a launcher that runs the same command on `processes` ranks of this machine."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
     # Two ranks that both use all cores get in each other's way many times over.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # Large CPU tensors come and go every micro-batch; in huge pages they cost half the page faults (measured).
@@ -138,7 +141,7 @@ def start_ranks(recipe: Recipe) -> None:
         "-m",
         "megakd.launch",
         "--standalone",
-        f"--nproc-per-node={recipe.processes}",
+        f"--nproc-per-node={processes}",
         "-m",
         "megakd.cli",
         *sys.argv[1:],
@@ -164,6 +167,11 @@ def show_result(recipe: Recipe) -> None:
 
 def plan_command(options: argparse.Namespace) -> int:
     """`megakd plan`."""
+    if options.calibrate is not None:
+        return calibrate_command(options)
+    for field, value in (("RECIPE", options.recipe), ("--cluster", options.cluster)):
+        if value is None:
+            raise ConfigError(field, None, "is needed for a plan", "Write megakd plan RECIPE --cluster C")
     from megakd.planning.cluster import cluster_named
     from megakd.planning.nodes import check_device, nodes_of_stages
 
@@ -186,6 +194,27 @@ def plan_command(options: argparse.Namespace) -> int:
         numbers = {"recipe": recipe.name, "cluster": cluster.model_dump(), "stages": [plan.as_dict() for plan in plans]}
         write_text_atomic(options.json, json.dumps(numbers, indent=1) + "\n")
     print(describe(recipe, cluster, plans, lengths is not None, nodes is not None), end="")
+    return 0
+
+
+def calibrate_command(options: argparse.Namespace) -> int:
+    """`megakd plan --calibrate FILE`. Under a launcher (RANK is set) this process is a rank; else it starts them."""
+    if options.recipe is not None or options.cluster is not None:
+        given = "RECIPE" if options.recipe is not None else "--cluster"
+        raise ConfigError("--calibrate", str(options.calibrate), f"measures a machine and takes no {given}",
+                          "Leave it out")
+    if options.processes < 1:
+        raise ConfigError("--processes", options.processes, "has to be at least 1", "Correct it")
+    from megakd.mcore.runtime import check_device
+
+    check_device(options.device)
+    if "RANK" not in os.environ:
+        start_ranks(options.processes)
+    from megakd.planning.calibrate import calibrate
+
+    calibrate(options.device, options.calibrate)
+    if int(os.environ["RANK"]) == 0:
+        print(options.calibrate)
     return 0
 
 

@@ -40,10 +40,11 @@ def cluster_fields(**changes: Any) -> dict[str, Any]:
     fields = {
         "name": "four", "device_type": "cpu", "devices_per_node": 4,
         "device": {"kind": "process", "memory_gib": 2.0, "reserved_gib": 0.0, "memory_gb_s": 10.0,
-                   "rates": {"fp32": {"peak_tflops": 0.1, "efficiency": 0.5}},
-                   "attention": {"peak_tflops": 0.1, "efficiency": 0.2}, "call_us": 10.0},
+                   "rates": {"fp32": {"peak_tflops": 0.1, "efficiency": 0.5, "half_side": 20.0}},
+                   "attention": {"peak_tflops": 0.1, "efficiency": 0.2, "half_side": 0.0},
+                   "layer_forward_us": 500.0, "layer_backward_us": 1000.0, "step_ms": 5.0},
         "node_link": {"gb_s": 2.0, "latency_us": 20.0}, "network_link": {"gb_s": 0.5, "latency_us": 50.0},
-        "sources": {},
+        "overlap": {"tensor": 0.0, "data": 0.0, "pipeline": 0.0}, "sources": {},
     }
     fields["device"] |= changes.pop("device", {})
     return fields | changes

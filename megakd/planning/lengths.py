@@ -41,10 +41,15 @@ def lengths_of(recipe: Recipe, stage: TrainStage, given: Lengths | None) -> Leng
         given: lengths from the command line.
 
     Raises:
-        ConfigError: nothing is given, and data or tokenizer are not there.
+        ConfigError: nothing is given, and data or tokenizer are not there; or what is given is longer than a sequence
+            may be.
         DataError: the data cannot be used.
     """
     if given is not None:
+        if given.prompt + given.answer > recipe.data.max_length:
+            longest = recipe.data.max_length
+            raise ConfigError("--prompt-tokens", given.prompt, f"with the answer's {given.answer:g} it is longer than "
+                              "the longest sequence of the recipe", f"Set data.max_length above {longest}")
         return given
     lacking = what_lacks(recipe)
     if lacking is not None:
@@ -74,3 +79,9 @@ def what_lacks(recipe: Recipe) -> tuple[str, object, str] | None:
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "reference.model", str(tokenizer), "holds no tokenizer"
     return None
+
+
+def longest_of(recipe: Recipe, lengths: Lengths) -> Lengths:
+    """As long as a sequence may be, with as large a share of answer."""
+    factor = recipe.data.max_length / (lengths.prompt + lengths.answer)
+    return Lengths(lengths.prompt * factor, lengths.answer * factor)

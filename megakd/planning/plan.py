@@ -6,8 +6,8 @@ Needs the models' config.json; of data and tokenizer only where lengths are to b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megakd.config import Recipe
@@ -17,7 +17,7 @@ from megakd.errors import ConfigError
 from megakd.hf.pieces import check_layout
 from megakd.planning.candidate import GIB, MARGIN, Candidate, layout_text, room
 from megakd.planning.cluster import Cluster
-from megakd.planning.lengths import lengths_of
+from megakd.planning.lengths import lengths_of, longest_of
 from megakd.planning.nearest import changes_between, smallest_change
 from megakd.planning.nodes import check_nodes
 from megakd.planning.recipe import question_of_stage, setup_of_stage
@@ -37,6 +37,8 @@ class TrainingPlan:
     question: Question
     own: Candidate
     """The recipe's layout."""
+    longest: float
+    """Bytes of its fullest rank where all sequences are as long as `data.max_length` allows."""
     best: tuple[Candidate, ...]
     """The best layouts found, best first."""
     notes: tuple[str, ...]
@@ -56,6 +58,7 @@ class TrainingPlan:
             "nodes": self.nodes, "gpus": self.question.world, "steps": self.steps,
             "global_batch": self.stage.global_batch, "tokens_per_step": self.own.setup.work.tokens,
             "lengths": vars(self.question.lengths), "notes": list(self.notes),
+            "longest_sequences_bytes": self.longest,
             "own": self._numbers(self.own), "best": [self._numbers(each) for each in self.best],
         }
 
@@ -102,8 +105,10 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     own = Candidate(cluster, setup_of_stage(recipe, stage, question.world, mean))
     if not own.fits:
         raise does_not_fit(recipe, stage, question, own)
-    found = search(question, cluster, Limits(best=best)) if best > 0 else []
-    return TrainingPlan(stage, nodes, question, own, tuple(found), notes_on(recipe, stage, own))
+    found = tuple(search(question, cluster, Limits(best=best)) if best > 0 else ())
+    longest = Candidate(cluster, setup_of_stage(recipe, stage, question.world, longest_of(recipe, mean)))
+    return TrainingPlan(stage, nodes, question, own, longest.memory.total, found,
+                        notes_on(recipe, stage, found, longest))
 
 
 def check_models(recipe: Recipe, stage: TrainStage) -> None:
@@ -150,6 +155,9 @@ def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Can
             f"{100 * MARGIN:.0f} % kept free); most of it is {largest!r}, {memory.parts[largest] / GIB:.1f} GiB")
     scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
     stored = {role: scored[name] for role, name in stage.signals.stages.items()}
+    # A role has one layout in all stages of a recipe.
+    answering = tuple(role for other in recipe.stages for role in answering_roles(other))
+    question = replace(question, answering=answering)
     change = smallest_change(question, own, stored, Limits())
     if change is not None:
         settings = " ".join(changes_between(own, change, question.trains))
@@ -171,13 +179,18 @@ def _other_ways(question: Question, own: Candidate) -> str:
         ", with the teachers scored beforehand" if quickest.scoring else "")
 
 
-def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate) -> tuple[str, ...]:
-    """What a reader of a plan has to know besides."""
+def notes_on(recipe: Recipe, stage: TrainStage, found: Sequence[Candidate], longest: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides: of the layouts found, and of the recipe's own with the longest
+    sequences."""
     notes = []
+    if not longest.fits:
+        notes.append(f"memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = "
+                     f"{recipe.data.max_length} tokens would take {longest.memory.total / GIB:.1f} GiB, which does not "
+                     "fit")
     if stage.online is not None:
         notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
     answers = [other.name for other in recipe.stages if stage.trains in answering_roles(other) and other != stage]
-    if answers and not own.setup.trained.parallel.sequence:
+    if answers and any(each.setup.trained.parallel.sequence for each in found):
         notes.append(f"{stage.trains}.parallel.sequence=true is for this stage by itself (--stage {stage.name}): in "
                      f"{', '.join(answers)} the {stage.trains} answers")
     return tuple(notes)

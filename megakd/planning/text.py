@@ -61,8 +61,8 @@ def _own(plan: TrainingPlan) -> list[str]:
              _line("throughput", _throughput(own)),
              _line("the stage", f"{_duration(steps * own.seconds)}, {own.gpu_hours(steps):,.1f} GPU-hours"),
              _line("memory", f"{_gib(memory.total)} of {_gib(room(own.cluster))} GiB on pipeline rank "
-                             f"{own.pipeline_rank}, most in {memory.fullest!r}: "
-                             f"{_shares(memory.parts, memory.total, _gib)}"),
+                             f"{own.pipeline_rank} ({_gib(plan.longest)} if all sequences had data.max_length), "
+                             f"most in {memory.fullest!r}: {_shares(memory.parts, memory.total, _gib)}"),
              _line("FLOPs", f"{sum(own.flops.values()):.3g} a step: "
                             f"{_shares(_named(own.flops, plan.question.trains), sum(own.flops.values()), None)}")]
     for link, name in (("node", "in the node"), ("network", "network")):

@@ -8,30 +8,37 @@ schedule lets them follow one another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.planning.cluster import Cluster, Link
-from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
-from megakd.planning.traffic import Call, model_calls, training_traffic, transport_calls
-from megakd.planning.work import MicroBatch
+from megakd.planning.traffic import Call, loss_calls, model_calls, training_traffic, transport_calls
+from megakd.planning.work import MicroBatch, RoleWork
 
 BACKWARD = 2
 """Operations of a backward pass, in forward passes."""
+ATTENTION_BACKWARD = 2.5
+"""The same of attention, whose backward pass makes the scores again."""
+LOGIT_PASSES = 5
+"""Times that a model's logits of a chunk are read or written in a loss."""
+OPTIMIZER_PASSES = {"cuda": 7, "cpu": 13}
+"""Times that AdamW reads or writes a number of the parameters: fused in one kernel, or operation by operation."""
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one micro-batch on one pipeline stage, without what it sends to the next."""
+    """Seconds of one micro-batch on one pipeline stage by part, without what it sends to the next."""
 
-    forward: float
-    backward: float
+    forward: dict[str, float]
+    backward: dict[str, float]
 
     @property
     def both(self) -> float:
         """Forward and backward."""
-        return self.forward + self.backward
+        return sum(self.forward.values()) + sum(self.backward.values())
 
 
 @dataclass(frozen=True)
@@ -46,28 +53,33 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def products_seconds(cluster: Cluster, dtype: str, rows: float, parameters: float) -> float:
-    """A matrix of `rows` positions times weights of `parameters` numbers."""
+def products_seconds(cluster: Cluster, dtype: str, rows: float, products: Sequence[tuple[int, int]]) -> float:
+    """Products of `rows` positions with weights of the given (inputs, outputs)."""
     rates = cluster.device.rates[dtype]
-    operations = 2.0 * rows * parameters / (rates.peak_tflops * 1e12 * rates.efficiency)
-    return max(operations, parameters * {"fp32": 4, "bf16": 2, "fp8": 1}[dtype] / (cluster.device.memory_gb_s * 1e9))
+    return sum(rates.seconds(2.0 * rows * inputs * outputs, min(rows, inputs, outputs)) for inputs, outputs in products)
 
 
-def attention_seconds(cluster: Cluster, widths: LayerWidths, pairs: float) -> float:
-    """Scores and weighted values of causal attention, forward."""
-    rates = cluster.device.attention
-    return 4.0 * widths.query * pairs / (rates.peak_tflops * 1e12 * rates.efficiency)
+def attention_seconds(cluster: Cluster, widths: LayerWidths, pairs: float, length: float) -> float:
+    """Scores and weighted values of causal attention within sequences of `length`, forward."""
+    return cluster.device.attention.seconds(4.0 * widths.query * pairs, length)
 
 
 def passes_seconds(cluster: Cluster, setup: TrainingSetup, widths: LayerWidths, tokens: float, sequence: int) -> float:
-    """Norms, residual sums, rotations and activations of a layer, forward: every number is read or written once."""
-    hidden = widths.hidden / sequence
-    fused = setup.spec == "te"
-    # Fused: norm in and out, residual two in and one out, for both halves of the layer; rotation in and out; the MLP's
-    # halves in and their product out. Not fused: each elementary operation by itself.
-    numbers = (10 * hidden + 2 * (widths.query + widths.key) + 3 * widths.ffn) if fused else \
-        (22 * hidden + 10 * (widths.query + widths.key) + 9 * widths.ffn)
-    return numbers * tokens * setup.parameter_bytes / (cluster.device.memory_gb_s * 1e9)
+    """Norms, residual sums, rotations, activations and conversions of a layer, forward: each number is read and written
+    as often as the layer's modules do it."""
+    hidden, query, key, ffn = widths.hidden / sequence, widths.query, widths.key, widths.ffn
+    if setup.spec == "te":
+        # Norm in and out, residual two in and one out, for both halves of the layer; rotation in and out; the MLP's
+        # halves in and their product out.
+        size = (10 * hidden + 2 * (query + key) + 3 * ffn) * setup.parameter_bytes
+        if setup.dtype == "fp8":
+            # Each product's input: read, written as it is and transposed.
+            size += 4 * (2 * hidden + query + ffn)
+    else:
+        # A norm reads and writes 7 times in its elementary operations, a residual sum 3 times; query and key rotated
+        # (and the packed projection gathered), the activation with its product and offset.
+        size = (20 * hidden + 12 * query + 10 * key + 7 * ffn) * setup.parameter_bytes
+    return size * tokens / (cluster.device.memory_gb_s * 1e9)
 
 
 def call_seconds(cluster: Cluster, call: Call, link: Link) -> float:
@@ -77,36 +89,70 @@ def call_seconds(cluster: Cluster, call: Call, link: Link) -> float:
 
 
 def link_of(cluster: Cluster, role: RoleSetup, axis: str) -> Link:
-    """The slowest link on an axis of a role's layout: neighbours share a node (`layout.py`)."""
+    """The slowest link on an axis of a role's layout: neighbours share a node (`layout.py`).
+
+    Raises:
+        ConfigError: as `Cluster.link`.
+    """
     layout = role.layout
     stride = {"tensor": 1, "data": layout.tensor * layout.context, "pipeline": layout.world // layout.pipeline,
               "tied": layout.world // layout.pipeline, "world": 1}[axis]
     size = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline, "tied": layout.pipeline,
             "world": layout.world}[axis]
-    return cluster.node_link if stride * size <= cluster.devices_per_node else cluster.network_link
+    return cluster.link(stride * size)
 
 
 def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: str, pipeline_rank: int,
                micro: MicroBatch, *, training: bool) -> StageTime:
     """One micro-batch on a stage of a model: its layers with their collectives; the loss is `loss_seconds`."""
-    widths = layer_widths(role.architecture, role.parallel.tensor)
+    device, widths = cluster.device, layer_widths(role.architecture, role.parallel.tensor)
     layers = sum(shard.layers for shard in role.shards(pipeline_rank, setup.spec))
     tokens, pairs = micro.tokens / role.parallel.context, micro.pairs / role.parallel.context
     sequence = role.parallel.tensor if role.parallel.sequence else 1
-    products = layers * products_seconds(cluster, setup.dtype, tokens, widths.parameters)
-    attention = layers * attention_seconds(cluster, widths, pairs)
-    passes = layers * passes_seconds(cluster, setup, widths, tokens, sequence)
-    forward = products + attention + passes
-    one = type(setup.work.roles[name])((micro,))
-    messages = sum(call_seconds(cluster, call, link_of(cluster, role, "tensor"))
-                   for call in model_calls(role, setup, one, pipeline_rank, name, training=training)
-                   if call.axis == "tensor" and call.size > 1)
-    if not training:
-        return StageTime(forward + messages, 0.0)
-    again = {"none": 0.0, "mlp": 3 * widths.ffn * widths.hidden / widths.parameters, "full": 1.0}[role.recompute]
-    # Attention's backward pass makes the scores again: 2.5 forward passes.
-    backward = BACKWARD * (products + passes) + 2.5 * attention + again * forward
-    return StageTime(forward + messages / 3, backward + messages * 2 / 3)
+    forward = {
+        "products": products_seconds(cluster, setup.dtype, tokens, layer_products(widths)),
+        "attention": attention_seconds(cluster, widths, pairs, 2 * micro.pairs / micro.tokens),
+        "other kernels": passes_seconds(cluster, setup, widths, tokens, sequence),
+    }
+    again = recomputed(widths, role.recompute) if training else 0.0
+    backward = {
+        "products": BACKWARD * forward["products"],
+        "attention": ATTENTION_BACKWARD * forward["attention"],
+        # Each gradient of a weight is added to the sum of the micro-batches: two read, one written.
+        "other kernels": BACKWARD * forward["other kernels"]
+        + 3 * STATISTICS_BYTES * widths.parameters / (device.memory_gb_s * 1e9),
+    } if training else {}
+    backward = {part: seconds + again * forward[part] for part, seconds in backward.items()}
+    forward["calls"] = waiting_for_calls(setup, device.layer_forward_us * 1e-6, sum(forward.values()))
+    if training:
+        calls = (device.layer_backward_us + again * device.layer_forward_us) * 1e-6
+        backward["calls"] = waiting_for_calls(setup, calls, sum(backward.values()))
+    messages = [call for call in model_calls(role, setup, RoleWork((micro,)), pipeline_rank, name, training=training)
+                if call.axis == "tensor" and call.size > 1]
+    heard = sum(call_seconds(cluster, call, link_of(cluster, role, "tensor")) for call in messages)
+    heard *= 1 - cluster.overlap.tensor
+    parts = (forward | {"tensor messages": heard}, {})
+    if training:
+        share = 1 / 3 if role.recompute == "none" else 1 / 2
+        parts = forward | {"tensor messages": heard * share}, backward | {"tensor messages": heard * (1 - share)}
+    return StageTime(*({part: seconds * (1 if part == "tensor messages" else layers) for part, seconds in way.items()}
+                       for way in parts))
+
+
+def layer_products(widths: LayerWidths) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's matrices on a tensor rank."""
+    return [(widths.hidden, widths.query + 2 * widths.key), (widths.query, widths.hidden),
+            (widths.hidden, 2 * widths.ffn), (widths.ffn, widths.hidden)]
+
+
+def recomputed(widths: LayerWidths, recompute: str) -> float:
+    """Part of a layer's forward pass that its backward pass makes again."""
+    return {"none": 0.0, "mlp": 3 * widths.ffn * widths.hidden / widths.parameters, "full": 1.0}[recompute]
+
+
+def waiting_for_calls(setup: TrainingSetup, calls: float, kernels: float) -> float:
+    """What calls add to the kernels' own time: all of theirs where the caller computes (CPU), else what is longer."""
+    return calls if setup.device == "cpu" else max(0.0, calls - kernels)
 
 
 def pipeline_seconds(stages: Sequence[StageTime], micro_batches: int, chunks: int) -> float:
@@ -123,66 +169,85 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
     columns = head_columns(trained.architecture, trained.parallel.tensor)
     # Heads stay in the parameters' own dtype when layers are FP8.
     dtype = "bf16" if setup.dtype == "fp8" else setup.dtype
-    hidden = trained.architecture.hidden_size
+    teachers = [architecture.hidden_size for architecture in setup.heads.values()]
     for call in setup.losses:
         rows = micro.rows(call.kinds)
+        if rows == 0:
+            continue
+        chunk, chunks = min(rows, setup.chunk_tokens), math.ceil(rows / setup.chunk_tokens)
         products = {"forward": 3, "backward": 4, "none": 0}[call.gradient]
-        total += products * products_seconds(cluster, dtype, rows, columns * hidden)
-        others = (call.models - 1) if call.gradient != "none" else call.models
-        teachers = [architecture.hidden_size for architecture in setup.heads.values()][:others]
-        total += sum(products_seconds(cluster, dtype, rows, columns * width) for width in teachers)
-        # Made, reduced for the maximum and the sums, and turned into a gradient: read or written 5 times a model.
-        total += 5 * call.models * rows * columns * 4 / (cluster.device.memory_gb_s * 1e9)
-    return total
+        heads = [(trained.architecture.hidden_size, columns)] * products
+        own = call.gradient != "none"
+        heads += [(width, columns) for width in teachers[:call.models - own]]
+        total += rows / chunk * products_seconds(cluster, dtype, chunk, heads)
+        # A model's logits are written, read for the maximum and for the sums; the student's are made a gradient.
+        passes = LOGIT_PASSES * call.models * rows + (2 * rows if own else 0)
+        # The head's gradient is added up over the chunks.
+        passes += (2 if own else 0) * chunks * trained.architecture.hidden_size
+        total += passes * columns * STATISTICS_BYTES / (cluster.device.memory_gb_s * 1e9)
+    messages = sum(call_seconds(cluster, call, link_of(cluster, trained, "tensor"))
+                   for call in loss_calls(setup, (micro,)) if call.size > 1)
+    return total + messages
 
 
 def training_time(cluster: Cluster, setup: TrainingSetup) -> StepTime:
     """Seconds of a step on the busiest ranks."""
     trained, work = setup.trained, setup.work
-    parts = {}
+    parts: dict[str, float] = {}
     for role, teacher in setup.teachers.items():
         micro_batches = work.roles[role].micro_batches
-        longest = max(micro_batches, key=lambda micro: micro.tokens)
-        stages = [stage_time(cluster, setup, teacher, role, stage, longest, training=False)
+        mean = work.roles[role].mean
+        stages = [stage_time(cluster, setup, teacher, role, stage, mean, training=False)
                   for stage in range(teacher.parallel.pipeline)]
         parts[f"{role}: forward"] = pipeline_seconds(stages, len(micro_batches), teacher.parallel.virtual_pipeline)
         last = trained.layout.rank(pipeline=trained.parallel.pipeline - 1)
         parts[f"{role}: hidden states"] = sum(
             call_seconds(cluster, call, link_of(cluster, trained, call.axis))
             for call in transport_calls(setup, role, last) if call.size > 1)
-    micro_batches = work.roles["student"].micro_batches
-    mean = MicroBatch(work.roles["student"].sum("tokens") / len(micro_batches),
-                      work.roles["student"].sum("pairs") / len(micro_batches),
-                      {kind: sum(micro.loss_tokens.get(kind, 0) for micro in micro_batches) / len(micro_batches)
-                       for kind in micro_batches[0].loss_tokens})
-    stages = [stage_time(cluster, setup, trained, "student", stage, mean, training=True)
-              for stage in range(trained.parallel.pipeline)]
-    loss = loss_seconds(cluster, setup, mean)
-    with_loss = [*stages[:-1], StageTime(stages[-1].forward + loss, stages[-1].backward)]
-    one_stage = max(stage.both for stage in with_loss)
-    whole = pipeline_seconds(with_loss, len(micro_batches), trained.parallel.virtual_pipeline)
-    parts["student: layers"] = len(micro_batches) * stages[-1].both
-    parts["loss"] = len(micro_batches) * loss
-    parts["pipeline's wait"] = whole - parts["student: layers"] - parts["loss"]
-    parts |= _after(cluster, setup, hidden_behind=one_stage * len(micro_batches))
+    parts |= _student_parts(cluster, setup)
+    parts["every step's own"] = cluster.device.step_ms * 1e-3
     return StepTime(parts)
 
 
-def _after(cluster: Cluster, setup: TrainingSetup, hidden_behind: float) -> dict[str, float]:
+def _student_parts(cluster: Cluster, setup: TrainingSetup) -> dict[str, float]:
+    """The pipeline's schedule, seen from its slowest stage; messages; the optimizer."""
+    trained, work = setup.trained, setup.work.roles["student"]
+    micro, count = work.mean, len(work.micro_batches)
+    stages = [stage_time(cluster, setup, trained, "student", stage, micro, training=True)
+              for stage in range(trained.parallel.pipeline)]
+    loss = loss_seconds(cluster, setup, micro)
+    with_loss = [*stages[:-1], StageTime(stages[-1].forward | {"loss": loss}, stages[-1].backward)]
+    slowest = max(with_loss, key=lambda stage: stage.both)
+    parts: dict[str, float] = {}
+    for way in (slowest.forward, slowest.backward):
+        for part, seconds in way.items():
+            name = part if part == "loss" else f"student: {part}"
+            parts[name] = parts.get(name, 0.0) + count * seconds
+    whole = pipeline_seconds(with_loss, count, trained.parallel.virtual_pipeline)
+    parts["pipeline's wait"] = whole - count * slowest.both
+    return parts | _after(cluster, setup, backward=count * sum(slowest.backward.values()))
+
+
+def _after(cluster: Cluster, setup: TrainingSetup, backward: float) -> dict[str, float]:
     """Messages between stages and replicas, and the optimizer."""
-    trained = setup.trained
+    trained, device = setup.trained, cluster.device
     calls = training_traffic(setup, trained.layout.rank(pipeline=trained.parallel.pipeline - 1))
     between = sum(call_seconds(cluster, call, link_of(cluster, trained, "pipeline")) for call in calls
-                  if call.axis in ("pipeline", "tied") and call.operation != "receive")
+                  if call.axis in ("pipeline", "tied") and call.operation != "receive"
+                  and not any(call.purpose.startswith(role) for role in setup.teachers))
+    between *= 1 - (cluster.overlap.pipeline if trained.parallel.virtual_pipeline > 1 else 0)
     reduced = sum(call_seconds(cluster, call, link_of(cluster, trained, "data")) for call in calls
                   if call.purpose == "gradients")
     published = sum(call_seconds(cluster, call, link_of(cluster, trained, "data")) for call in calls
                     if call.purpose == "parameters")
-    if setup.device == "cuda":
-        reduced = max(0.0, reduced - hidden_behind / 2)
+    # Beside the last micro-batch's backward pass: only then are the gradients whole.
+    behind = backward / len(setup.work.roles["student"].micro_batches)
+    reduced -= min(cluster.overlap.data * reduced, behind)
     parameters = max(sum(shard_parameters(trained.architecture, shard) for shard in trained.shards(stage, setup.spec))
                      for stage in range(trained.parallel.pipeline))
-    # Gradient, master weight and two moments read, three of them written.
-    update = parameters / trained.layout.data * 7 * 4 / (cluster.device.memory_gb_s * 1e9)
+    # All gradients cleared and divided; of a replica's own share gradient, master weight and two moments read and three
+    # of them written.
+    own = parameters / (trained.layout.data * trained.parallel.context)
+    update = (3 * parameters + OPTIMIZER_PASSES[setup.device] * own) * STATISTICS_BYTES / (device.memory_gb_s * 1e9)
     return {"messages between stages": between, "gradients between replicas": reduced,
             "parameters to replicas": published, "optimizer": update}

@@ -10,11 +10,12 @@ Legend: T loss positions; h hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import head_columns, shard_parameters
-from megakd.planning.work import RoleWork
+from megakd.planning.work import MicroBatch, RoleWork
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def training_traffic(setup: TrainingSetup, rank: int) -> list[Call]:
         calls += transport_calls(setup, role, rank)
     calls += model_calls(trained, setup, setup.work.roles["student"], pipeline_rank, "student", training=True)
     if pipeline_rank == trained.parallel.pipeline - 1:
-        calls += _loss_calls(setup)
+        calls += loss_calls(setup, setup.work.roles["student"].micro_batches)
     calls += _gradient_calls(setup, pipeline_rank)
     return [call for call in calls if call.size > 1 and call.calls > 0 and call.size_bytes > 0]
 
@@ -118,12 +119,12 @@ def transport_calls(setup: TrainingSetup, role: str, rank: int) -> list[Call]:
             Call("all_gather", "tensor", tensor, gathered * row, 1, f"{role}: hidden states")]
 
 
-def _loss_calls(setup: TrainingSetup) -> list[Call]:
+def loss_calls(setup: TrainingSetup, micro_batches: Sequence[MicroBatch]) -> list[Call]:
     """A MAX and a SUM of a few numbers a token for each chunk, and the sum of the student's d(hidden)."""
-    trained, work, calls = setup.trained, setup.work.roles["student"], []
+    trained, calls = setup.trained, []
     tensor, hidden = trained.parallel.tensor, trained.architecture.hidden_size
     for loss in setup.losses:
-        rows = [each.rows(loss.kinds) for each in work.micro_batches]
+        rows = [each.rows(loss.kinds) for each in micro_batches]
         chunks = sum(math.ceil(each / setup.chunk_tokens) for each in rows)
         statistics = (loss.models + loss.sums) * STATISTICS_BYTES * sum(rows)
         calls.append(Call("all_reduce", "tensor", tensor, statistics / (2 * chunks), 2 * chunks, "loss: statistics"))

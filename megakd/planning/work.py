@@ -58,6 +58,14 @@ class RoleWork:
             numbers[name] = (max(values), sum(values))
         return numbers
 
+    @property
+    def mean(self) -> MicroBatch:
+        """The mean micro-batch."""
+        count = len(self.micro_batches)
+        kinds = self.micro_batches[0].loss_tokens
+        rows = {kind: sum(each.rows((kind,)) for each in self.micro_batches) / count for kind in kinds}
+        return MicroBatch(self.sum("tokens") / count, self.sum("pairs") / count, rows)
+
 
 @dataclass(frozen=True)
 class Moved:

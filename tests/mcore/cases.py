@@ -76,6 +76,7 @@ class Distillation:
     precision: Precision = FP32
     recompute: str = "none"
     """Of the student."""
+    chunk_tokens: int = 16
 
 
 class Job:
@@ -108,8 +109,7 @@ class Job:
                    for role, teacher in self.teachers.items()}
         table = step.table(student.grid.layout.data, micro_batch)
         batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=CPU)
-        context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, chunk_tokens=16,
-                              counts=step.counts)
+        context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, case.chunk_tokens, step.counts)
         self.trainer.zero_grad()
         teachers = by_micro_batch(signals, len(batches))
         return dict(forward_backward(student, batches, teachers, self.objective, context).metrics)

@@ -23,7 +23,7 @@ def recipe(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(variable, raising=False)
 
     def start(started):
-        raise AssertionError(f"{started.name} was started")
+        raise AssertionError(f"{started} ranks were started")
 
     monkeypatch.setattr(cli, "start_ranks", start)
     return write_recipe(tmp_path, tiny_recipe(tmp_path))
@@ -45,7 +45,7 @@ def test_check_says_what_can_run_and_starts_nothing(recipe, capsys):
 
 
 def test_run_starts_the_ranks_once_all_is_well(recipe):
-    with pytest.raises(AssertionError, match="tiny was started"):
+    with pytest.raises(AssertionError, match="2 ranks were started"):
         main(["run", str(recipe)])
 
 

@@ -20,6 +20,11 @@ import submit  # noqa: E402
 
 from megakd.config import load  # noqa: E402
 from megakd.errors import ConfigError  # noqa: E402
+from megakd.planning.cluster import cluster_named  # noqa: E402
+from megakd.planning.recipe import setup_of_stage  # noqa: E402
+from megakd.planning.timing import training_time  # noqa: E402
+from megakd.planning.work import Lengths  # noqa: E402
+from tests.planning_cases import LLAMA_8B, LLAMA_70B, write_config  # noqa: E402
 
 RECIPE = SLURM / "adpa_70b_to_7b.yaml"
 NODES = "dckd=16,generate=4,adpa=16,export=1"
@@ -134,6 +139,59 @@ def test_the_runs_own_steps_say_how_long_one_takes(capsys):
     assert refusal(capsys, "--nodes", NODES, "--time", "18").startswith(
         "--time = '18': is shorter than the 50 steps of 22.0 s (metrics.jsonl) to the first checkpoint of stage dckd.")
     assert refusal(capsys, "--nodes", NODES, "--time", "19").startswith(NO_SBATCH)
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+LENGTHS = ("--prompt-tokens", 300, "--answer-tokens", 300)
+
+
+@pytest.fixture
+def _configs():
+    """Of the models of the recipe, the config.json alone."""
+    for role, model in (("student", LLAMA_8B), ("teacher", LLAMA_70B), ("reference", LLAMA_70B)):
+        write_config(Path("models") / role, model)
+
+
+@pytest.mark.usefixtures("_configs")
+def test_what_does_not_fit_is_not_submitted(capsys):
+    arguments = ("--nodes", NODES, "--cluster", "h100", *LENGTHS)
+    line = refusal(capsys, *arguments, "student.micro_batch=4", "data.max_length=8192", "--prompt-tokens", 4000)
+    assert line.startswith("stages.dckd = 'student TP4 x PP1 x DP32, micro-batch 4; ")
+    assert "most of it is 'activations'" in line and ". Set student." in line
+    assert refusal(capsys, *arguments).startswith(NO_SBATCH)
+    # Of the stages that are left, on the nodes that they get.
+    finish("dckd", "generate")
+    line = refusal(capsys, "--nodes", "adpa=1", "--cluster", "h100", *LENGTHS, "student.micro_batch=64")
+    assert line.startswith("stages.adpa = 'student TP4 x PP1 x DP2, micro-batch 64; ") and "; 8 GPUs'" in line
+
+
+@pytest.mark.usefixtures("_configs")
+def test_the_planned_time_of_a_step_is_what_a_walltime_is_checked_with(capsys):
+    arguments = ("--nodes", NODES, "--cluster", "h100", *LENGTHS)
+    stages = load(RECIPE).stages
+    setup = setup_of_stage(load(RECIPE), stages[0], 128, Lengths(300, 300))
+    seconds = training_time(cluster_named("h100"), setup).total
+    needed = -int(-50 * seconds // 60)
+    line = refusal(capsys, *arguments, "--time", f"dckd=0:{int(50 * seconds) - 1}")
+    assert line.startswith(f"--time = '0:{int(50 * seconds) - 1}': is shorter than the 50 steps of {seconds:.1f} s "
+                           f"(--cluster) to the first checkpoint of stage dckd. Give it at least {needed} minutes")
+    assert refusal(capsys, *arguments, "--time", f"dckd={needed}").startswith(NO_SBATCH)
+    # What is known better comes first.
+    assert "of 60.0 s (--seconds-per-step)" in refusal(capsys, *arguments, "--time", 1, "--seconds-per-step", 60)
+    folder = Path("runs/adpa_70b_to_7b/stages/dckd")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 22.0}) + "\n")
+    assert "of 22.0 s (metrics.jsonl)" in refusal(capsys, *arguments, "--time", 1)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--cluster", "h1000"), "--cluster = 'h1000': there is no such file. Give one of "),
+    (("--cluster", "h100"), "models/student: no config.json there."),
+    (("--cluster", "h100", "device=cpu"), "device = 'cpu': H100 x 8 has devices of type cuda."),
+    (("--answer-tokens", 300), "--answer-tokens = 300.0: is what a plan is made with, and there is none."),
+])
+def test_what_a_plan_lacks(capsys, arguments, message):
+    assert refusal(capsys, "--nodes", NODES, *arguments).startswith(message)
 
 
 @pytest.mark.parametrize("arguments, message", [
