@@ -135,6 +135,10 @@ class Batch:
         return {"tokens": kinds_T.numel(), "groups": int(self.group_ids_B.max()) + 1, **counts}
 
 
+Table = Sequence[Sequence[Sequence[int]]]
+"""`table[replica][micro-batch]`: numbers of a step's groups."""
+
+
 def number_samples(groups: Sequence[Group]) -> list[range]:
     """The sample ids of each group of a step: consecutive numbers in the order of the step's groups."""
     starts = [0]
@@ -162,6 +166,23 @@ def split_step(lengths: Sequence[int], data: int, micro_batch: int) -> list[list
     micro_batches = _deal(lengths, len(lengths) // micro_batch)
     totals = [sum(lengths[number] for number in numbers) for numbers in micro_batches]
     return [[micro_batches[micro] for micro in micros] for micros in _deal(totals, data)]
+
+
+def split_beside(lengths: Sequence[int], other: Table, data: int, micro_batch: int) -> list[list[list[int]]]:
+    """`split_step` for a role that gives what it makes of a group to the role that has it in `other`.
+
+    The replicas of both roles are cut into gcd(data, len(other)) consecutive parts, and a part of the one role gets the
+    groups of the same part of the other. So a replica has to do with as few of the other's as can be, the same ones in
+    every step, and with equal numbers of replicas with its own number alone.
+    """
+    parts, table = math.gcd(data, len(other)), []
+    for part in range(parts):
+        size = len(other) // parts
+        numbers = sorted(number for micros in other[part * size : (part + 1) * size]
+                         for micro in micros for number in micro)
+        own = split_step([lengths[number] for number in numbers], data // parts, micro_batch)
+        table += [[[numbers[place] for place in micro] for micro in micros] for micros in own]
+    return table
 
 
 def _deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
@@ -287,6 +308,10 @@ class Step:
         """`split_step` of this step's groups for a role with `data` replicas."""
         return split_step([group.total_length for group in self.groups], data, micro_batch)
 
+    def table_beside(self, other: Table, data: int, micro_batch: int) -> list[list[list[int]]]:
+        """`split_beside` of this step's groups: for a teacher with `data` replicas; `other` is the student's table."""
+        return split_beside([group.total_length for group in self.groups], other, data, micro_batch)
+
     def batches(
         self,
         micro_batches: Sequence[Sequence[int]],
@@ -297,13 +322,13 @@ class Step:
         kinds: Sequence[Kind] = tuple(Kind),
     ) -> list[Batch]:
         """The micro-batches of one replica, given as its row of `table`; sequences of other kinds are left out."""
-        groups, sample_ids = [], []
-        for group, numbers in zip(self.groups, self.sample_ids, strict=True):
-            kept = [
-                (sample, number) for sample, number in zip(group.samples, numbers, strict=True) if sample.kind in kinds
-            ]
-            groups.append(Group(group.key, tuple(sample for sample, _ in kept)))
-            sample_ids.append([number for _, number in kept])
+        groups, sample_ids = {}, {}
+        for number in (number for numbers in micro_batches for number in numbers):
+            group = self.groups[number]
+            kept = [(sample, own) for sample, own in zip(group.samples, self.sample_ids[number], strict=True)
+                    if sample.kind in kinds]
+            groups[number] = Group(group.key, tuple(sample for sample, _ in kept))
+            sample_ids[number] = [own for _, own in kept]
         longest = max(sum(groups[number].total_length for number in numbers) for numbers in micro_batches)
         return [
             collate(

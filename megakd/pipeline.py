@@ -52,7 +52,7 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
 def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """`run_recipe` in a process that has joined the others already."""
     run = Run(recipe, world)
-    runtime.seed(recipe.seed, run.layout("student"), world.rank)
+    runtime.seed(recipe.seed, run.grid("student"))
     if run.is_root:
         recipe.output.mkdir(parents=True, exist_ok=True)
         for name in redo:

@@ -1,10 +1,12 @@
-"""Training checkpoints that any layout can read: boxes of Hugging Face tensors in safetensors files, no pickle.
+"""Training checkpoints that any layout can read: slices of parameters in safetensors files, no pickle.
 
-A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: its share of the master weights
-and of Adam's moments (float32) in boxes, and the states of its random generators. The file's header says which box of
-which Hugging Face tensor each tensor is. Rank 0 writes `checkpoint.json` with the step, the layout and the facts. A
-parameter's moments have its shape, so the table that imports and exports weights (`megakd.hf.pieces`) describes them
-too, and a checkpoint can be read into any tensor x pipeline x data layout.
+A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: its slices of the master weights
+and of Adam's moments (float32), as the distributed optimizer has cut them, and the states of its random generators.
+The file's header says which part of which parameter each slice is; that of a data group's first rank says it of the
+whole group. Rank 0 writes `checkpoint.json` with the step, the model's sizes, the layout and the facts. From these the
+table that imports and exports weights (`megakd.hf.pieces`) tells where a box of a Hugging Face tensor lies in the
+parameters of the ranks that wrote it; a parameter's moments have its shape. So a checkpoint can be read into any tensor
+x pipeline x data layout. In the layout that wrote it a rank reads its own file alone.
 
 The folder is written beside its final name and renamed when all of it is on disk.
 """
@@ -14,8 +16,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,14 +29,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megakd.comm import all_gather_json
 from megakd.disk import sync
 from megakd.errors import ModelError
 from megakd.hf.directory import open_tensors
-from megakd.hf.pieces import Piece
-from megakd.mcore.optimizer import STATES, Trainer
+from megakd.hf.families import Architecture
+from megakd.hf.pieces import Piece, parameter_shapes, pieces, stage_shards
+from megakd.layout import Layout
+from megakd.mcore.optimizer import Trainer
 
 INFORMATION = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 _PREFIX = "step-"
 _PARTIAL = "partial"
 _RANDOM = "random."
@@ -50,8 +57,7 @@ def latest(folder: Path) -> tuple[Path, int] | None:
 def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], world_group: dist.ProcessGroup) -> Path:
     """Writes checkpoint `step` and then removes the older ones.
 
-    A rank holds what it writes in host memory: 12 bytes for each parameter of its model chunks, divided by the number
-    of data-parallel ranks.
+    A rank holds what it writes in host memory: 12 bytes for each number of its slices.
 
     Args:
         folder: the stage's checkpoint folder, on a file system that every rank sees.
@@ -60,7 +66,7 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
         facts: what a reader has to agree with (`load` compares them), e.g. the stage's fingerprint.
         world_group: every rank of the run.
 
-    Collectives: three reduces over the data group for each parameter; three barriers over the world.
+    Collectives: two all-gathers over the data group (which rank has which slice); three barriers over the world.
     """
     partial, final = folder / _PARTIAL, folder / f"{_PREFIX}{step:08}"
     rank = dist.get_rank(world_group)
@@ -68,20 +74,25 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=world_group)
-    tensors, boxes = _random_states(), []
-    for name, piece, states in _owned_pieces(trainer):
-        for state, local in states.items():
-            key = f"{name}.{state}"
-            tensors[key] = box_of(local, piece).contiguous().cpu()
-            boxes.append({"key": key, "tensor": piece.hf_name, "state": state, "offset": piece.hf_offset,
-                          "size": piece.hf_size})
+    tensors, slices = _random_states(), {}
+    for chunk in range(len(trainer.model.chunks)):
+        for name, parameter in trainer.model.parameters_of(chunk).items():
+            if (owned := trainer.slice_of(parameter)) is not None:
+                slices[f"{chunk}.{name}"] = [owned.start, owned.stop]
+                for state, values in trainer.states_of(parameter).items():
+                    tensors[f"{chunk}.{name}.{state}"] = values.detach().to("cpu", torch.float32, copy=True)
+    header = {"slices": json.dumps(slices)}
+    group = trainer.model.grid.groups.dp_cp
+    whole = all_gather_json({"rank": rank, "slices": slices}, group, next(trainer.model.chunks[0].parameters()).device)
+    if dist.get_rank(group) == 0:
+        header["group"] = json.dumps(whole)
     file = partial / _file_of(rank)
-    save_file(tensors, file, {"boxes": json.dumps(boxes)})
+    save_file(tensors, file, header)
     sync(file)
     dist.barrier(group=world_group)
     if rank == 0:
         information = {"format": FORMAT, "step": step, "adam_step": trainer.steps_taken, "tokens": trainer.tokens,
-                       "layout": asdict(trainer.model.grid.layout), "facts": dict(facts)}
+                       "writer": asdict(_writer_of(trainer)), "facts": dict(facts)}
         (partial / INFORMATION).write_text(json.dumps(information, indent=1))
         sync(partial / INFORMATION)
         sync(partial)
@@ -115,28 +126,30 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
             written = f"{name} = {information['facts'][name]!r}" if name in information["facts"] else f"no {name}"
             raise ModelError(f"{path}: was written with {written}, this run has {value!r}. Choose another output "
                              "folder, or remove the checkpoint to start the stage anew")
-    step, layout = information["step"], information["layout"]
-    index = _Index(path, layout["world"])
+    step, reader, rank = information["step"], _writer_of(trainer), dist.get_rank(world_group)
+    writer = Writer.read(path, information["writer"], reader.architecture)
+    files = _Files(path)
+    own = files.slices(rank) if writer == reader else {}
+    index = _Index(path, writer, files)
     trainer.prepare_states(information["adam_step"])
     for chunk in range(len(trainer.model.chunks)):
-        parameters = trainer.model.parameters_of(chunk)
-        pieces_of: dict[str, list[Piece]] = {name: [] for name in parameters}
+        pieces_of: dict[str, list[Piece]] = defaultdict(list)
         for piece in trainer.model.pieces_of(chunk):
             pieces_of[piece.parameter].append(piece)
-        for name, parameter in parameters.items():
+        for name, parameter in trainer.model.parameters_of(chunk).items():
             if (owned := trainer.slice_of(parameter)) is None:
                 continue
+            key = f"{chunk}.{name}"
             for state, target in trainer.states_of(parameter).items():
-                whole = torch.zeros(parameter.shape, dtype=torch.float32)
-                for piece in pieces_of[name]:
-                    view = whole.view(piece.local_view)[piece.local_index]
-                    view.copy_(index.read(piece, state).reshape(view.shape))
-                target.copy_(whole.view(-1)[owned])
+                if own.get(key) == [owned.start, owned.stop]:
+                    target.copy_(files.tensor(rank, f"{key}.{state}"))
+                else:
+                    target.copy_(index.parameter(parameter.shape, pieces_of[name], state).view(-1)[owned])
     trainer.publish_parameters()
     trainer.set_schedule(step)
     trainer.tokens = information["tokens"]
-    if layout == asdict(trainer.model.grid.layout):
-        _set_random_states(index.random_states(dist.get_rank(world_group)))
+    if writer == reader:
+        _set_random_states(files.random_states(rank))
     return step
 
 
@@ -145,30 +158,29 @@ def box_of(local: Tensor, piece: Piece) -> Tensor:
     return local.view(piece.local_view)[piece.local_index].reshape(piece.hf_size)
 
 
-def _owned_pieces(trainer: Trainer) -> Iterator[tuple[str, Piece, dict[str, Tensor]]]:
-    """This rank's pieces to write: (unique key, piece, {state: whole local tensor}).
+@dataclass(frozen=True)
+class Writer:
+    """What decides which part of which Hugging Face tensor a rank's parameters are."""
 
-    A parameter's slices are brought together on one data-parallel rank, in turn, so that all of them write.
-    """
-    group = trainer.model.grid.groups.dp_cp
-    size, me = dist.get_world_size(group), dist.get_rank(group)
-    for chunk in range(len(trainer.model.chunks)):
-        pieces = trainer.model.pieces_of(chunk)
-        for number, (name, parameter) in enumerate(trainer.model.parameters_of(chunk).items()):
-            writer = number % size
-            whole = {state: torch.zeros_like(parameter, dtype=torch.float32).view(-1) for state in STATES}
-            if (owned := trainer.slice_of(parameter)) is not None:
-                for state, values in trainer.states_of(parameter).items():
-                    whole[state][owned] = values
-            if size > 1:
-                for tensor in whole.values():
-                    dist.reduce(tensor, group=group, group_dst=writer)
-            if me != writer:
-                continue
-            states = {state: tensor.view(parameter.shape) for state, tensor in whole.items()}
-            for count, piece in enumerate(pieces):
-                if piece.parameter == name and piece.primary:
-                    yield f"{chunk}.{name}.{count}", piece, states
+    architecture: Architecture
+    layout: Layout
+    virtual_pipeline: int
+    spec: str
+
+    @classmethod
+    def read(cls, path: Path, told: dict, architecture: Architecture) -> Writer:
+        """From `checkpoint.json`. Raises ModelError where it is of another model than `architecture`."""
+        wanted = json.loads(json.dumps(asdict(architecture)))
+        others = [f"{name} {told['architecture'].get(name)} and not {value}" for name, value in wanted.items()
+                  if told["architecture"].get(name) != value]
+        if others:
+            raise ModelError(f"{path}: is of another model: {', '.join(others)}. {_REMEDY}")
+        return cls(architecture, Layout(**told["layout"]), told["virtual_pipeline"], told["spec"])
+
+
+def _writer_of(trainer: Trainer) -> Writer:
+    model = trainer.model
+    return Writer(model.architecture, model.grid.layout, len(model.chunks), model.shards[0].spec)
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -211,56 +223,112 @@ def _read_information(path: Path) -> dict:
     return information
 
 
-@dataclass(frozen=True)
-class _Box:
-    file: Path
-    key: str
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+class _Files:
+    """The open files of a checkpoint."""
 
-
-class _Index:
-    """Finds and reads the stored boxes that a wanted box overlaps."""
-
-    def __init__(self, path: Path, world: int):
+    def __init__(self, path: Path):
         self.path = path
-        self.files: dict[Path, safe_open] = {}
-        self.boxes: defaultdict[tuple[str, str], list[_Box]] = defaultdict(list)
-        for rank in range(world):
-            file = path / _file_of(rank)
-            for entry in json.loads(self._open(file).metadata()["boxes"]):
-                box = _Box(file, entry["key"], tuple(entry["offset"]), tuple(entry["size"]))
-                self.boxes[entry["tensor"], entry["state"]].append(box)
+        self._open: dict[int, safe_open] = {}
 
-    def read(self, piece: Piece, state: str) -> Tensor:
-        """The values of a piece's box, float32, in its Hugging Face shape."""
-        wanted = torch.empty(piece.hf_size, dtype=torch.float32)
-        covered = 0
-        for box in self.boxes[piece.hf_name, state]:
-            low = [max(a, b) for a, b in zip(piece.hf_offset, box.offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in
-                    zip(piece.hf_offset, piece.hf_size, box.offset, box.size, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, box.offset, strict=True))
-            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.hf_offset, strict=True))
-            wanted[target] = self._open(box.file).get_slice(box.key)[source]
-            covered += wanted[target].numel()
-        if covered != wanted.numel():
-            raise ModelError(f"{self.path}: holds {covered} of {wanted.numel()} values of {piece.hf_name} ({state}), "
-                             f"so it is of another model. {_REMEDY}")
-        return wanted
+    def of(self, rank: int) -> safe_open:
+        """The file that a rank wrote."""
+        if rank not in self._open:
+            try:
+                self._open[rank] = open_tensors(self.path / _file_of(rank))
+            except ModelError as error:
+                raise ModelError(f"{error}. The checkpoint is damaged. {_REMEDY}") from error
+        return self._open[rank]
+
+    def tensor(self, rank: int, key: str) -> Tensor:
+        """A tensor of a rank's file."""
+        return self.of(rank).get_tensor(key)
+
+    def slices(self, rank: int) -> dict[str, list[int]]:
+        """"<chunk>.<parameter>" -> first and end place of the slice that a rank has of it."""
+        return json.loads(self.of(rank).metadata()["slices"])
 
     def random_states(self, rank: int) -> dict[str, Tensor]:
         """The states of the generators that a rank saved, by name."""
-        file = self._open(self.path / _file_of(rank))
-        keys = [key for key in file.keys() if key.startswith(_RANDOM)]  # noqa: SIM118 (a file is not iterable)
-        return {key.removeprefix(_RANDOM): file.get_tensor(key) for key in keys}
+        keys = [key for key in self.of(rank).keys() if key.startswith(_RANDOM)]  # noqa: SIM118 (a file is no mapping)
+        return {key.removeprefix(_RANDOM): self.tensor(rank, key) for key in keys}
 
-    def _open(self, file: Path) -> safe_open:
-        if file not in self.files:
-            try:
-                self.files[file] = open_tensors(file)
-            except ModelError as error:
-                raise ModelError(f"{error}. The checkpoint is damaged. {_REMEDY}") from error
-        return self.files[file]
+
+@dataclass(frozen=True)
+class _Source:
+    """A parameter of the ranks that wrote a checkpoint, and a box of a Hugging Face tensor that lies in it."""
+
+    first_rank: int
+    """Of the data group that has its slices."""
+    key: str
+    shape: tuple[int, ...]
+    piece: Piece
+
+
+class _Index:
+    """Finds and reads what a wanted box of a Hugging Face tensor overlaps."""
+
+    def __init__(self, path: Path, writer: Writer, files: _Files):
+        self.path, self.writer, self.files = path, writer, files
+        self._groups: dict[int, list[dict]] = {}
+        self._read: tuple[tuple[int, str, str] | None, Tensor] = (None, torch.empty(0))
+
+    def parameter(self, shape: torch.Size, wanted: list[Piece], state: str) -> Tensor:
+        """A state of a whole local parameter of the reader, float32; zeros where it is padding."""
+        whole = torch.zeros(shape, dtype=torch.float32)
+        for piece in wanted:
+            view = whole.view(piece.local_view)[piece.local_index]
+            view.copy_(self._box(piece, state).reshape(view.shape))
+        return whole
+
+    @cached_property
+    def _sources(self) -> dict[str, list[_Source]]:
+        """Hugging Face tensor -> where its parts are, each once."""
+        found, layout = defaultdict(list), self.writer.layout
+        for tensor in range(layout.tensor):
+            for pipeline in range(layout.pipeline):
+                shards = stage_shards(
+                    self.writer.architecture, tensor_rank=tensor, tensor_size=layout.tensor, pipeline_rank=pipeline,
+                    pipeline_size=layout.pipeline, virtual_pipeline=self.writer.virtual_pipeline, spec=self.writer.spec,
+                )
+                first = layout.rank(tensor=tensor, pipeline=pipeline)
+                for chunk, shard in enumerate(shards):
+                    shapes = parameter_shapes(self.writer.architecture, shard)
+                    for piece in pieces(self.writer.architecture, shard):
+                        if piece.primary:
+                            found[piece.hf_name].append(
+                                _Source(first, f"{chunk}.{piece.parameter}", shapes[piece.parameter], piece))
+        return found
+
+    def _box(self, wanted: Piece, state: str) -> Tensor:
+        """The values of a piece's box, float32, in its Hugging Face shape."""
+        values = torch.empty(wanted.hf_size, dtype=torch.float32)
+        for source in self._sources[wanted.hf_name]:
+            box = source.piece
+            low = [max(a, b) for a, b in zip(wanted.hf_offset, box.hf_offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in
+                    zip(wanted.hf_offset, wanted.hf_size, box.hf_offset, box.hf_size, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, box.hf_offset, strict=True))
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, wanted.hf_offset, strict=True))
+            values[here] = box_of(self._parameter(source, state), box)[there]
+        return values
+
+    def _parameter(self, source: _Source, state: str) -> Tensor:
+        """A whole parameter of the writers, put together from its slices. The last one is kept: the boxes of one
+        parameter are asked for one after the other."""
+        name = (source.first_rank, source.key, state)
+        if self._read[0] != name:
+            if source.first_rank not in self._groups:
+                self._groups[source.first_rank] = json.loads(self.files.of(source.first_rank).metadata()["group"])
+            flat, covered = torch.empty(prod(source.shape)), 0
+            for member in self._groups[source.first_rank]:
+                if source.key in member["slices"]:
+                    start, stop = member["slices"][source.key]
+                    flat[start:stop] = self.files.tensor(member["rank"], f"{source.key}.{state}")
+                    covered += stop - start
+            if covered != flat.numel():
+                raise ModelError(f"{self.path}: holds {covered} of {flat.numel()} numbers of {source.key} ({state}), "
+                                 f"of which {source.piece.hf_name} is a part, so it is damaged. {_REMEDY}")
+            self._read = (name, flat.view(source.shape))
+        return self._read[1]

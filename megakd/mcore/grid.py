@@ -1,4 +1,9 @@
-"""A role's process groups. Student, teacher and reference each have a grid of their own over the same ranks."""
+"""A role's process groups. Student, teacher and reference each have a grid of their own over the same ranks.
+
+The groups of one axis part the world, so every rank makes one group an axis, its own, together with that group's other
+ranks; what a rank does at the start does not grow with the number of groups. Axes that part the world alike share
+their groups.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import _process_group_color
 
 from megakd.layout import Coordinates, Layout
+
+Partition = list[list[int]]
+"""The world's ranks in groups, every rank in one of them."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +41,19 @@ class Grid:
 
 def make_grid(layout: Layout) -> Grid:
     """Makes the process groups of a layout. Collective over the world: every rank calls it, in the same order."""
-    shape = [layout.tensor, layout.context, layout.data, layout.pipeline]
-    hyper = HyperCommGrid(shape, ["tp", "cp", "dp", "pp"])
+    hyper = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
+    at, made = layout.coordinates(dist.get_rank()), _Groups()
+    pipelines = hyper.get_rank_enum("pp")
+
+    def along(*axes: str) -> dist.ProcessGroup:
+        return made.of(hyper.get_rank_enum(list(axes)))
+
     groups = ProcessGroupCollection()
-    groups.tp = hyper.create_pg("tp")
-    groups.cp = hyper.create_pg("cp")
-    groups.dp = hyper.create_pg("dp")
-    groups.pp = hyper.create_pg("pp")
-    groups.mp = hyper.create_pg(["tp", "pp"])
-    groups.dp_cp = hyper.create_pg(["cp", "dp"])
-    groups.tp_cp = hyper.create_pg(["tp", "cp"])
-    groups.tp_dp_cp = hyper.create_pg(["tp", "cp", "dp"])
+    alone = made.of([[rank] for rank in range(layout.world)])
+    groups.tp, groups.cp, groups.dp, groups.pp = along("tp"), along("cp"), along("dp"), along("pp")
+    groups.mp, groups.dp_cp, groups.tp_cp = along("tp", "pp"), along("cp", "dp"), along("tp", "cp")
+    groups.tp_dp_cp = along("tp", "cp", "dp")
     # Dense models: the expert groups are those of one expert rank.
-    alone = _group_of_one()
     groups.ep = alone
     groups.expt_tp = groups.tp
     groups.expt_dp = groups.dp
@@ -53,23 +62,39 @@ def make_grid(layout: Layout) -> Grid:
     groups.intra_dp_cp = groups.dp_cp
     groups.intra_expt_dp = groups.expt_dp
     groups.inter_dist_opt = alone
-    groups.intra_dist_opt = hyper.create_pg(["tp", "cp", "dp", "pp"])
-    pipelines = hyper.get_rank_enum("pp")
-    groups.embd = _my_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    groups.pos_embd = _my_group([[ranks[0]] for ranks in pipelines])
-    return Grid(layout, layout.coordinates(dist.get_rank()), groups)
+    groups.intra_dist_opt = along("tp", "cp", "dp", "pp")
+    # Those between the two ends of a pipeline are each in a group of one, for every rank has to make a group.
+    ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
+    tied = made.of(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]])
+    groups.embd = tied if at.pipeline in (0, layout.pipeline - 1) else None
+    groups.pos_embd = alone if at.pipeline == 0 else None
+    return Grid(layout, at, groups)
 
 
-def _my_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    """Makes a group of each list of ranks; returns this rank's, or None where no list has it."""
-    mine = None
-    for ranks in enumeration:
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
+class _Groups:
+    """This rank's groups of a grid, each partition of the world once. All ranks ask for the same, in the same order."""
+
+    def __init__(self):
+        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+    def of(self, partition: Partition) -> dist.ProcessGroup:
+        """This rank's group of a partition. Collective over the world."""
+        key = tuple(sorted(tuple(sorted(ranks)) for ranks in partition))
+        if key not in self._made:
+            self._made[key] = dist.group.WORLD if len(key) == 1 else _own_group(key)
+        return self._made[key]
 
 
-def _group_of_one() -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
-    return group
+def _own_group(partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """Makes this rank's group of a partition, and none of the others.
+
+    torch names it after its ranks and the number of groups that a rank has made, so all must have made equally many.
+    NCCL splits the world's communicator once for all groups of a partition, by a colour that torch takes from their
+    ranks; where two colours are the same, the groups are made one after the other.
+    """
+    if len({_process_group_color(list(ranks)) for ranks in partition}) < len(partition):
+        group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+        return group
+    rank = dist.get_rank()
+    mine = next(ranks for ranks in partition if rank in ranks)
+    return dist.new_group(list(mine), use_local_synchronization=True)

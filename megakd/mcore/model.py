@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megakd.batch import Padding
+from megakd.comm import broadcast_json
 from megakd.config import Parallel, Precision
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
 from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, stage_shards
@@ -182,7 +183,14 @@ def build_model(
 ) -> Model:
     """Builds this rank's chunks of a model and fills them from a Hugging Face directory.
 
-    Each rank reads only what it holds. No collective but the one that megatron-core makes for tied embeddings.
+    The first replica's ranks read what they hold and the others get it from them, so that what is read of the file
+    system does not grow with the number of replicas.
+
+    Collectives: a broadcast of each parameter over the data group, and one of what went wrong; megatron-core's own for
+    tied embeddings.
+
+    Raises:
+        ModelError: the directory does not hold the model; on all ranks of a data group.
     """
     config = transformer_config(architecture, parallel, recompute, precision, device)
     # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
@@ -217,9 +225,26 @@ def build_model(
         for index, layer in enumerate(chunk.decoder.layers):
             attention_of(layer).cache_layer = virtual * shard.layers + index
         _mark_sharded(chunk)
-        load_parameters(directory, architecture, shard, dict(chunk.named_parameters()))
+        _fill(directory, architecture, shard, chunk, grid.groups.dp_cp)
         chunks.append(chunk)
     return Model(architecture, grid, config, chunks, shards)
+
+
+def _fill(directory: Path, architecture: Architecture, shard: Shard, chunk: HiddenGPT,
+          group: dist.ProcessGroup) -> None:
+    parameters, problem = dict(chunk.named_parameters()), None
+    if dist.get_rank(group) == 0:
+        try:
+            load_parameters(directory, architecture, shard, parameters)
+        except ModelError as error:
+            problem = str(error)
+    device = next(iter(parameters.values())).device
+    # The others wait to hear: a rank that leaves alone is waited for.
+    problem = broadcast_json(problem, 0, group, device)
+    if problem is not None:
+        raise ModelError(problem)
+    for parameter in parameters.values():
+        dist.broadcast(parameter.data, group=group, group_src=0)
 
 
 def _mark_sharded(chunk: HiddenGPT) -> None:

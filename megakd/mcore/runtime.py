@@ -13,11 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from torch.overrides import TorchFunctionMode
 
 from megakd.errors import ConfigError
-from megakd.layout import Layout
+from megakd.mcore.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -111,25 +112,44 @@ def adopt(device: torch.device) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def initialize_global_state(tensor: int, pipeline: int) -> None:
-    """Sets up megatron-core's global groups once, for the student's sizes.
+def set_global_state(groups: ProcessGroupCollection) -> None:
+    """Makes a grid's groups (the student's) megatron-core's global ones.
 
-    Parts of megatron-core read them (the global memory buffer, defaults of arguments that we always give); nothing of
-    ours does. Calling it again with other sizes replaces them.
+    Parts of megatron-core read them (FP8's scaling, the global memory buffer, defaults of arguments that we always
+    give); nothing of ours does. Its own `initialize_model_parallel` has every rank make every group of the world:
+    94,235 calls at 16,384 ranks. Calling it again with another grid replaces them.
     """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
-    )
+    state = {
+        "TENSOR_MODEL_PARALLEL": groups.tp, "PIPELINE_MODEL_PARALLEL": groups.pp, "MODEL_PARALLEL": groups.mp,
+        "DATA_PARALLEL": groups.dp, "CONTEXT_PARALLEL": groups.cp, "TENSOR_AND_CONTEXT_PARALLEL": groups.tp_cp,
+        "EXPERT_MODEL_PARALLEL": groups.ep, "EXPERT_TENSOR_PARALLEL": groups.expt_tp,
+        "EXPERT_TENSOR_AND_MODEL_PARALLEL": groups.tp_ep, "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL": groups.tp_ep_pp,
+        "EXPERT_DATA_PARALLEL": groups.expt_dp, "EMBEDDING": groups.embd, "POSITION_EMBEDDING": groups.pos_embd,
+        "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE": groups.intra_dist_opt,
+    }
+    for name, group in state.items():
+        _set(f"_{name}_GROUP", group)
+    _set("_DATA_PARALLEL_GROUP_WITH_CP", groups.dp_cp)
+    _set("_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP", groups.tp_dp_cp)
+    for name, group in {"TENSOR_MODEL_PARALLEL": groups.tp, "PIPELINE": groups.pp, "DATA_PARALLEL": groups.dp,
+                        "MODEL_PARALLEL": groups.mp, "CONTEXT_PARALLEL": groups.cp}.items():
+        _set(f"_{name}_GLOBAL_RANKS", dist.get_process_group_ranks(group))
+    parallel_state._set_global_memory_buffer()
 
 
-def seed(value: int, student: Layout, rank: int) -> None:
+def _set(name: str, value: object) -> None:
+    assert hasattr(parallel_state, name), f"megatron-core's parallel_state has no {name}"
+    setattr(parallel_state, name, value)
+
+
+def seed(value: int, student: Grid) -> None:
     """Sets up megatron-core's global state and seeds all generators: alike on all ranks, and megatron-core's
     tensor-parallel one differently on each tensor rank of the student."""
-    initialize_global_state(student.tensor, student.pipeline)
+    set_global_state(student.groups)
     torch.manual_seed(value)
-    tensor_rank = student.coordinates(rank).tensor
+    tensor_rank = student.at.tensor
     tensor_parallel_random.model_parallel_cuda_manual_seed(value, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank)
 
 

@@ -108,7 +108,10 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         paddings: what each role's rows are filled up to.
         teacher_kinds: as StepWork has it.
     """
-    tables = {role: step.table(layout.data, micro_batches[role]) for role, layout in layouts.items()}
+    student = step.table(layouts["student"].data, micro_batches["student"])
+    tables = {role: step.table_beside(student, layouts[role].data, micro_batches[role])
+              for role in teacher_kinds if role in layouts}
+    tables["student"] = student
     roles = {}
     for role, table in tables.items():
         kinds = teacher_kinds.get(role, tuple(Kind))

@@ -42,8 +42,8 @@ class OnlineTeacher:
             the micro-batch's order); None elsewhere.
         """
         grid = self.model.grid
-        table = step.table(grid.layout.data, self.micro_batch)
         student_table = step.table(student.layout.data, student_micro_batch)
+        table = step.table_beside(student_table, grid.layout.data, self.micro_batch)
         device = next(self.model.chunks[0].parameters()).device
         batches = step.batches(table[grid.at.data], pad_id=pad_id, padding=self.model.padding, device=device,
                                kinds=self.kinds)

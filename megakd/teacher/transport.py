@@ -20,12 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.batch import Group, Kind
+from megakd.batch import Group, Kind, Table
 from megakd.errors import ConfigError
 from megakd.layout import Layout
-
-Table = Sequence[Sequence[Sequence[int]]]
-"""`table[replica][micro-batch]`: numbers of the step's groups, as `megakd.batch.split_step` deals them out."""
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def world() -> runtime.World:
 @cache
 def grid(tensor: int, pipeline: int) -> Grid:
     """The process groups of a layout, made once a pool."""
-    layout = Layout(world().size, tensor, pipeline)
-    runtime.seed(1, layout, world().rank)
-    return make_grid(layout)
+    made = make_grid(Layout(world().size, tensor, pipeline))
+    runtime.seed(1, made)
+    return made
 
 
 def build(directory: str, parallel: Parallel, precision: Precision = FP32, recompute: str = "none") -> Model:

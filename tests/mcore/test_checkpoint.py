@@ -17,8 +17,12 @@ from megakd.batch import Kind
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import SftObjective
 from megakd.errors import ModelError
+from megakd.hf.families import Architecture
+from megakd.hf.pieces import stage_shards
 from megakd.mcore import checkpoint
+from megakd.planning.sizes import shard_parameters
 from tests.mcore.cases import Distillation, Job, assemble, world
+from tests.mcore.planning_cases import Collectives
 from tests.mcore.tiny import make_groups, make_llama
 from tests.ranks import run_ranks
 
@@ -115,6 +119,42 @@ def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, r
     for rank, (same, _) in enumerate(results):
         assert all(same.values()), f"rank {rank}: {[name for name, equal in same.items() if not equal]}"
     assert len({draws for _, draws in results}) == ranks, "the ranks' generators do not differ: nothing is tested"
+
+
+# ------------------------------------------------------------------------------------------------ what a rank asks for
+
+
+def _files_and_collectives(case: Distillation, folder: str) -> tuple[set[str], int, list[str]]:
+    """The collectives of a save; the numbers in this rank's file; the files that it reads to load them again."""
+    job, opened = Job(case), []
+    job.step(0)
+    with Collectives() as collectives:
+        path = checkpoint.save(Path(folder), 1, job.trainer, FACTS, dist.group.WORLD)
+    mine = load_file(path / f"rank-{world().rank:05}.safetensors")
+    real = checkpoint.open_tensors
+    checkpoint.open_tensors = lambda file: opened.append(file.name) or real(file)
+    try:
+        checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD)
+    finally:
+        checkpoint.open_tensors = real
+    numbers = sum(values.numel() for name, values in mine.items() if not name.startswith("random."))
+    return {operation for operation, _ in collectives.bytes}, numbers, opened
+
+
+def test_a_rank_saves_and_loads_its_own_slices_alone(tied, tmp_path):
+    case = training(tied, Parallel(tensor=2, pad_heads=True))
+    results = run_ranks(4, _files_and_collectives, case, str(tmp_path))
+    for rank, (collectives, numbers, opened) in enumerate(results):
+        assert collectives == {"all_gather"}, "parameters travel"
+        assert opened == [f"rank-{rank:05}.safetensors"]
+        # All that the two replicas of a tensor rank hold, each half of it.
+        assert numbers == pytest.approx(3 * parameters_of_a_rank(tied) / 2, rel=0.02)
+
+
+def parameters_of_a_rank(student: str) -> int:
+    shard = stage_shards(Architecture.read(student), tensor_rank=0, tensor_size=2, pipeline_rank=0, pipeline_size=1,
+                         spec="local")[0]
+    return shard_parameters(Architecture.read(student), shard)
 
 
 # ------------------------------------------------------------------------------------------------------ other layouts
@@ -216,7 +256,7 @@ def test_other_facts_are_refused(folder, tied):
 def test_another_model_is_refused(folder, tmp_path):
     deeper = make_llama(tmp_path / "deeper", seed=1, layers=6)
     message = error_of(folder, str(deeper))
-    assert "model.layers.4." in message and "another model" in message
+    assert "is of another model: layers 4 and not 6" in message
 
 
 def test_a_missing_file_is_named(folder, tied):
@@ -232,14 +272,16 @@ def test_a_truncated_file_is_named(folder, tied):
     assert "rank-00001.safetensors" in message and "damaged" in message
 
 
-def test_a_missing_box_is_named(folder, tied):
+def test_a_missing_slice_is_named(folder, tied):
     file = folder / "step-00000002" / "rank-00001.safetensors"
-    header = json.loads(file.read_bytes()[8:][: int.from_bytes(file.read_bytes()[:8], "little")])
-    boxes = json.loads(header["__metadata__"]["boxes"])
-    lost = boxes.pop(4)
-    save_file(load_file(file), file, {"boxes": json.dumps(boxes)})
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8:][:size])["__metadata__"]
+    group = json.loads(header["group"])
+    group[0]["slices"].pop("0.decoder.layers.1.mlp.linear_fc2.weight")
+    save_file(load_file(file), file, {**header, "group": json.dumps(group)})
     message = error_of(folder, tied)
-    assert lost["tensor"] in message and lost["state"] in message
+    assert "0.decoder.layers.1.mlp.linear_fc2.weight (param)" in message and "holds 0 of " in message
+    assert "model.layers.1.mlp.down_proj.weight" in message and "damaged" in message
 
 
 @pytest.mark.parametrize("text", ['{"step": 2', '{"step": 2}'])

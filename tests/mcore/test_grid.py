@@ -1,0 +1,59 @@
+"""A grid's groups have the ranks that their axes say, whichever way they are made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed.distributed_c10d import _world
+
+from megakd.layout import Layout
+from megakd.mcore import grid, runtime
+from tests.mcore.cases import CPU
+from tests.ranks import run_ranks
+
+
+def _groups(layout: Layout, collide: bool) -> tuple[dict[str, list[int] | None], int, dict[str, float]]:
+    """The ranks of this rank's groups; how many it has made; and the sum of the ranks over each."""
+    runtime.adopt(CPU)
+    real, before = grid._process_group_color, len(_world.pg_names)
+    if collide:
+        grid._process_group_color = lambda ranks: 1
+    try:
+        groups = grid.make_grid(layout).groups
+    finally:
+        grid._process_group_color = real
+    runtime.set_global_state(groups)
+    assert parallel_state.get_tensor_model_parallel_group() is groups.tp
+    ranks, sums = {}, {}
+    for name, group in vars(groups).items():
+        ranks[name] = None if group is None else dist.get_process_group_ranks(group)
+        if group is not None:
+            total = torch.tensor(float(dist.get_rank()))
+            dist.all_reduce(total, group=group)
+            sums[name] = float(total)
+    return ranks, len(_world.pg_names) - before, sums
+
+
+AXES = {"tp": "tensor", "cp": "context", "dp": "data", "pp": "pipeline", "mp": "tensor pipeline",
+        "dp_cp": "data context", "tp_cp": "tensor context", "tp_dp_cp": "tensor data context", "ep": "",
+        "intra_dist_opt": "tensor data context pipeline"}
+
+
+@pytest.mark.parametrize("collide", [False, True], ids=["one a partition", "colours collide"])
+@pytest.mark.parametrize("layout, made", [
+    (Layout(4, 1, 4), 2), (Layout(4, 2, 2), 3), (Layout(4, 2, 1), 3), (Layout(4), 1), (Layout(4, 1, 2), 3)])
+def test_groups_of_a_layout(layout, made, collide):
+    for rank, (ranks, count, sums) in enumerate(run_ranks(4, _groups, layout, collide)):
+        at = layout.coordinates(rank)
+        for name, axes in AXES.items():
+            fixed = [axis for axis in ("tensor", "context", "data", "pipeline") if axis not in axes.split()]
+            members = [other for other in range(4) if all(
+                getattr(layout.coordinates(other), axis) == getattr(at, axis) for axis in fixed)]
+            assert ranks[name] == members, name
+        column = ranks["pp"]
+        assert ranks["embd"] == (sorted({column[0], column[-1]}) if rank in (column[0], column[-1]) else None)
+        assert ranks["pos_embd"] == ([rank] if at.pipeline == 0 else None)
+        assert all(total == sum(ranks[name]) for name, total in sums.items())
+        assert count == made

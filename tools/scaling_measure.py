@@ -1,0 +1,224 @@
+"""The measured mode of tools/scaling_study.py: real training steps of small random models on this machine's CPU.
+
+Each case is a run of torch's launcher with this file as its program: the models are built, a student is trained for
+some steps by the real engine, and the first rank writes how long the steps took. The plan for the same layouts and the
+same groups stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megakd.batch import Group, Kind, Padding, Sample, Step
+from megakd.config import Parallel, Precision
+from megakd.config_stages import Optimizer
+from megakd.errors import ConfigError
+from megakd.hf.directory import write_json, write_safetensors
+from megakd.hf.families import Architecture
+from megakd.hf.importer import load_head
+from megakd.hf.pieces import Shard, padded_kv_heads, pieces
+from megakd.layout import Layout
+from megakd.objectives import build_objective
+from megakd.objectives.base import LossContext
+from megakd.planning.cluster import Cluster
+from megakd.planning.recipe import loss_calls
+from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.sizes import parameter_count
+from megakd.planning.timing import training_time
+from megakd.planning.work import work_of_step
+
+PROMPT, ANSWER, MICRO_BATCH, CHUNK = 32, 96, 2, 256
+MICRO_BATCHES = 2
+"""Of a replica in a step."""
+WARM_UP, STEPS = 2, 5
+
+
+def small(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int) -> Architecture:
+    """A Llama of few parameters, embeddings tied."""
+    return Architecture("llama", hidden, layers, heads, kv_heads, hidden // heads, ffn, vocabulary, 1e-5, 1e4, None,
+                        True, False, 2048)
+
+
+SIZES = {
+    "tiny": small(128, 4, 8, 4, 384, 4096),
+    "13M": small(384, 6, 8, 4, 1024, 8192),
+    "38M": small(512, 10, 8, 4, 1408, 16384),
+    "135M": small(576, 30, 9, 3, 1536, 49152),
+}
+"""The last is of SmolLM2-135M's sizes. A teacher is of its student's."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured case."""
+
+    size: str
+    method: str
+    world: int
+    tensor: int
+
+    @property
+    def parallel(self) -> Parallel:
+        """Of student and teacher."""
+        kv_heads = SIZES[self.size].kv_heads
+        return Parallel(tensor=self.tensor, pad_heads=padded_kv_heads(kv_heads, self.tensor) != kv_heads)
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """Every size and method on every number of ranks, as replicas and as one tensor group. Raises ConfigError."""
+    for size in options.sizes:
+        if size not in SIZES:
+            raise ConfigError("--sizes", size, "is not known", f"Write some of {', '.join(SIZES)}")
+    return [Run(size, method, world, tensor) for size in options.sizes for method in options.measured_methods
+            for world in options.ranks for tensor in sorted({1, world})
+            if SIZES[size].ffn_size % tensor == 0]
+
+
+def measure(options: argparse.Namespace, cluster: Cluster) -> list[dict[str, Any]]:
+    """A row for each case: planned and measured seconds of a step, and the plan's parts."""
+    rows = []
+    runs = runs_of(options)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in dict.fromkeys(run.size for run in runs):
+            for seed, role in enumerate(("student", "teacher")):
+                write_model(Path(folder, size, role), SIZES[size], seed)
+        for run in runs:
+            seconds = measured_steps(run, Path(folder))
+            parts = training_time(cluster, setup_of(run)).parts
+            rows.append({
+                "size": run.size, "parameters": parameter_count(SIZES[run.size]), "method": run.method,
+                "world": run.world, "tensor": run.tensor, "steps": len(seconds),
+                "planned seconds": sum(parts.values()), "measured seconds": median(seconds),
+                "fastest": min(seconds), "slowest": max(seconds),
+                **{f"time: {name}": value for name, value in parts.items()},
+            })
+            print(f"{run}: {rows[-1]['measured seconds']:.3f} s, planned {rows[-1]['planned seconds']:.3f} s",
+                  file=sys.stderr)
+    return rows
+
+
+def objective_of(method: str):
+    """The objective with its own settings."""
+    from scaling_study import METHODS  # it imports this module when it measures
+
+    return METHODS[method]
+
+
+def step_of(run: Run) -> Step:
+    """Groups of equal lengths: every replica has as much to do."""
+    draw, kinds = random.Random(0), build_objective(objective_of(run.method)).requires.kinds
+    count = MICRO_BATCH * MICRO_BATCHES * run.world // run.tensor
+    vocabulary = SIZES[run.size].vocab_size
+
+    def sample(kind: Kind) -> Sample:
+        return Sample(tuple(draw.randrange(vocabulary) for _ in range(PROMPT + ANSWER)), PROMPT, kind)
+
+    return Step(tuple(Group(f"row:{number}", tuple(map(sample, kinds))) for number in range(count)))
+
+
+def setup_of(run: Run) -> TrainingSetup:
+    """The planner's view of a case."""
+    objective = objective_of(run.method)
+    requires = build_objective(objective).requires
+    roles = {role: RoleSetup(SIZES[run.size], run.parallel, run.world, MICRO_BATCH)
+             for role in ("student", *requires.teachers)}
+    work = work_of_step(step_of(run), {role: setup.layout for role, setup in roles.items()},
+                        dict.fromkeys(roles, MICRO_BATCH), dict.fromkeys(roles, Padding()),
+                        dict(requires.teacher_kinds))
+    teachers = {role: roles[role] for role in requires.teachers}
+    return TrainingSetup(roles["student"], teachers, loss_calls(objective, requires), work, CHUNK, "fp32", "cpu")
+
+
+def write_model(directory: Path, a: Architecture, seed: int) -> None:
+    """A Hugging Face directory with random weights."""
+    directory.mkdir(parents=True)
+    write_json(directory / "config.json", {
+        "model_type": a.family, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32",
+        "hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim, "intermediate_size": a.ffn_size,
+        "vocab_size": a.vocab_size, "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "rope_scaling": None,
+        "tie_word_embeddings": a.tied_embeddings, "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": a.max_positions,
+    })
+    whole = Shard(0, 1, 0, a.layers, embedding=True, head=True, spec="local")
+    shapes = {piece.hf_name: piece.hf_shape for piece in pieces(a, whole)}
+    draw = torch.Generator().manual_seed(seed)
+    write_safetensors(directory / "model.safetensors", shapes, torch.float32,
+                      (torch.randn(shape, generator=draw) * 0.02 for shape in shapes.values()))
+
+
+def measured_steps(run: Run, folder: Path) -> list[float]:
+    """Seconds of the steps after the warm-up, on ranks of this machine."""
+    out = folder / "seconds.json"
+    told = json.dumps([run.size, run.method, run.world, run.tensor])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.world}", __file__,
+               told, str(folder / run.size), str(out)]
+    threads = max(1, (os.cpu_count() or 1) // run.world)
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                   stdout=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def worker(arguments: Sequence[str]) -> int:
+    """One rank: trains and, on the first, writes the seconds of each step."""
+    from megakd.mcore import runtime
+    from megakd.mcore.grid import make_grid
+    from megakd.mcore.model import build_model, freeze
+    from megakd.mcore.optimizer import make_trainer
+    from megakd.mcore.step import forward_backward
+    from megakd.teacher.online import OnlineTeacher, by_micro_batch
+
+    run, folder = Run(*json.loads(arguments[0])), Path(arguments[1])
+    objective, step = build_objective(objective_of(run.method)), step_of(run)
+    world = runtime.start("cpu")
+    try:
+        grid = make_grid(Layout(run.world, run.tensor))
+        runtime.seed(1, grid)
+
+        def build(role: str):
+            return build_model(folder / role, SIZES[run.size], run.parallel, "none", Precision(), grid, world.device)
+
+        student, teachers = build("student"), {}
+        for role in objective.requires.teachers:
+            model = freeze(build("teacher"))
+            head = load_head(folder / "teacher", model.architecture, grid.at.tensor, run.tensor, model.dtype,
+                             world.device)
+            teachers[role] = OnlineTeacher(model, MICRO_BATCH, objective.requires.teacher_kinds[role], head)
+        trainer = make_trainer(student, Optimizer(), WARM_UP + STEPS)
+        context = LossContext(grid.groups.tp, student.architecture.vocab_size, CHUNK, step.counts)
+        seconds = []
+        for _ in range(WARM_UP + STEPS):
+            dist.barrier(group=dist.group.WORLD)
+            start = time.perf_counter()
+            signals = {role: teacher.signals(step, grid, MICRO_BATCH, pad_id=0) for role, teacher in teachers.items()}
+            table = step.table(grid.layout.data, MICRO_BATCH)
+            batches = step.batches(table[grid.at.data], pad_id=0, padding=student.padding, device=world.device)
+            trainer.zero_grad()
+            forward_backward(student, batches, by_micro_batch(signals, len(batches)), objective, context)
+            trainer.step()
+            dist.barrier(group=dist.group.WORLD)
+            seconds.append(time.perf_counter() - start)
+        if world.rank == 0:
+            Path(arguments[2]).write_text(json.dumps(seconds[WARM_UP:]))
+    finally:
+        runtime.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(worker(sys.argv[1:]))
