@@ -40,7 +40,7 @@ def cluster_fields(**changes: Any) -> dict[str, Any]:
     """A description of made-up nodes of 4 processes, as plain values."""
     fields = {
         "name": "four", "device_type": "cpu", "devices_per_node": 4,
-        "device": {"kind": "process", "memory_gib": 2.0, "reserved_gib": 0.0, "memory_gb_s": 10.0,
+        "device": {"kind": "process", "memory_gib": 2.0, "reserved_gib": 0.0, "memory_gb_s": 10.0, "passes_gb_s": 10.0,
                    "rates": {"fp32": {"peak_tflops": 0.1, "efficiency": 0.5, "half_side": 20.0}},
                    "attention": {"peak_tflops": 0.1, "efficiency": 0.2, "half_side": 0.0},
                    "layer_forward_us": 500.0, "layer_backward_us": 1000.0, "step_ms": 5.0},

@@ -34,7 +34,7 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import pieces, stage_shards
 from megakd.layout import Layout
 from megakd.mcore import runtime
-from megakd.mcore.grid import make_grid
+from megakd.mcore.grid import Grid, make_grid
 from megakd.mcore.model import build_model
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.runtime import World
@@ -42,16 +42,23 @@ from megakd.mcore.step import forward_backward, forward_hidden
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext
 from megakd.planning.cluster import Cluster, Link
+from megakd.planning.setup import STATISTICS_BYTES
+from megakd.planning.timing import OPTIMIZER_PASSES
 
 GIB = 2**30
 REPEATS = 7
 SMALL = {"cpu": 2e8, "cuda": 2e12}
 """Operations of the products of one repetition, at least."""
-SIDES = {"cpu": (64, 128, 256, 512, 1024), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
+COLD_BYTES = {"cpu": 1 << 27, "cuda": 1 << 28}
+"""More than caches hold."""
+MOST_SETS = 64
+SIDES = {"cpu": (128, 256, 512, 1024), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
 LENGTHS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
 DTYPES = {"cpu": {"fp32": torch.float32}, "cuda": {"fp32": torch.float32, "bf16": torch.bfloat16}}
-PASS_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Numbers of a tensor in the measurement of the memory's rate: what a micro-batch has in a layer."""
+PASS_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Numbers of a tensor in the measurement of norms and activations: what a micro-batch has in a layer."""
+UPDATE_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Numbers of the parameters in the measurement of an update."""
 MESSAGE_BYTES = (1 << 10, 1 << 20, 1 << 22, 1 << 24)
 
 
@@ -63,7 +70,6 @@ def calibrate(device: str, path: Path) -> None:
     """
     world = runtime.start(device)
     try:
-        runtime.seed(1, Layout(world.size, 1, 1), world.rank)
         cluster = measured_cluster(world)
         if world.rank == 0:
             text = yaml.safe_dump(cluster.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -75,22 +81,25 @@ def calibrate(device: str, path: Path) -> None:
 
 def measured_cluster(world: World) -> Cluster:
     """This machine's description. Collective over the world."""
-    kind = world.device.type
+    kind, grid = world.device.type, make_grid(Layout(world.size, 1, 1))
+    runtime.seed(1, grid)
     rates = {name: fitted(products(world, dtype), min) for name, dtype in DTYPES[kind].items()}
     attention = fitted(attentions(world, torch.float32 if kind == "cpu" else torch.bfloat16), itemgetter(0))
-    forward_us, backward_us, step_ms = fixed_times(world)
+    forward_us, backward_us, step_ms = fixed_times(world, grid)
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else world.size
     node, network = links(world, local)
     facts = {
         "kind": torch.cuda.get_device_name(world.device) if kind == "cuda" else cpu_name(),
         "memory_gib": round(device_memory(world) / GIB / (local if kind == "cpu" else 1), 2),
         "reserved_gib": 5.0 if kind == "cuda" else 0.5,
-        "memory_gb_s": round(memory_rate(world), 1), "rates": rates, "attention": attention,
+        "memory_gb_s": round(update_rate(world), 1), "passes_gb_s": round(passes_rate(world), 1), "rates": rates,
+        "attention": attention,
         "layer_forward_us": forward_us, "layer_backward_us": backward_us, "step_ms": step_ms,
     }
     here = f"measured with {world.size} ranks at work, torch {torch.__version__}"
-    measured = ("device.memory_gib", "device.memory_gb_s", *(f"device.rates.{name}" for name in rates),
-                "device.attention", "device.layer_forward_us", "device.layer_backward_us", "device.step_ms",
+    measured = ("device.memory_gib", "device.memory_gb_s", "device.passes_gb_s",
+                *(f"device.rates.{name}" for name in rates), "device.attention", "device.layer_forward_us",
+                "device.layer_backward_us", "device.step_ms",
                 *(["node_link"] if node else []), *(["network_link"] if network else []))
     overlap = "assumed" if kind == "cuda" else "nothing is done beside gloo's messages"
     sources = dict.fromkeys(measured, here) | {"device.reserved_gib": "assumed", "overlap": overlap}
@@ -104,14 +113,19 @@ def measured_cluster(world: World) -> Cluster:
 
 # ------------------------------------------------------------------------------------------------------------ the clock
 def seconds_of(world: World, function: Callable[[], Any], calls: int = 1) -> float:
-    """Seconds of a call: the median of REPEATS rounds of `calls` calls, of the slowest rank."""
+    """Seconds of a call: the median of REPEATS rounds of `calls` calls, of the slowest rank.
+
+    What the calls of a round return is held until its end, as a forward pass holds what the backward pass needs: memory
+    that is handed out anew is slower than memory that was written a moment ago.
+    """
     rounds = []
     for number in range(REPEATS + 1):
+        held = []
         dist.barrier(group=dist.group.WORLD)
         synchronize(world)
         start = time.perf_counter()
         for _ in range(calls):
-            function()
+            held.append(function())
         synchronize(world)
         if number > 0:  # the first warms up
             rounds.append((time.perf_counter() - start) / calls)
@@ -132,18 +146,43 @@ def products(world: World, dtype: torch.dtype) -> list[tuple[int, int, int, floa
     sides = SIDES[kind]
     for rows, inner in zip(sides, sides[1:] + sides[-1:], strict=True):
         for columns in (inner // 4, inner, 4 * inner):
-            input_MK = torch.randn(rows, inner, dtype=dtype, device=world.device)
-            weight_NK = torch.randn(columns, inner, dtype=dtype, device=world.device)
-            gradient_MN = torch.randn(rows, columns, dtype=dtype, device=world.device)
+            shapes = (rows, inner), (columns, inner), (rows, columns)
+            operands = Cold(lambda shapes=shapes: [
+                torch.randn(shape, dtype=dtype, device=world.device) for shape in shapes], world)
             operations = 2.0 * rows * inner * columns
             calls = max(1, round(SMALL[kind] / operations))
-            for shape, product in (
-                ((rows, inner, columns), lambda x=input_MK, w=weight_NK: x @ w.t()),
-                ((rows, columns, inner), lambda g=gradient_MN, w=weight_NK: g @ w),
-                ((columns, rows, inner), lambda g=gradient_MN, x=input_MK: g.t() @ x),
-            ):
+
+            def forward(operands: Cold = operands) -> Tensor:
+                input_MK, weight_NK, _ = operands.next()
+                return input_MK @ weight_NK.t()
+
+            def of_input(operands: Cold = operands) -> Tensor:
+                _, weight_NK, gradient_MN = operands.next()
+                return gradient_MN @ weight_NK
+
+            def of_weight(operands: Cold = operands) -> Tensor:
+                input_MK, _, gradient_MN = operands.next()
+                return gradient_MN.t() @ input_MK
+
+            for shape, product in (((rows, inner, columns), forward), ((rows, columns, inner), of_input),
+                                   ((columns, rows, inner), of_weight)):
                 found.append((*shape, round(operations / seconds_of(world, product, calls) / 1e12, 5)))
     return found
+
+
+class Cold:
+    """Operands in turns, so many that none is left in a cache when its turn comes again: so it is in a model."""
+
+    def __init__(self, make: Callable[[], list[Tensor]], world: World):
+        first = make()
+        size = sum(tensor.nbytes for tensor in first)
+        self.sets = [first, *(make() for _ in range(min(MOST_SETS, COLD_BYTES[world.device.type] // size)))]
+        self.turn = 0
+
+    def next(self) -> list[Tensor]:
+        """The operands of the coming call."""
+        self.turn += 1
+        return self.sets[self.turn % len(self.sets)]
 
 
 def attentions(world: World, dtype: torch.dtype) -> list[tuple[int, int, int, float]]:
@@ -187,21 +226,39 @@ def fitted(points: Sequence[tuple[int, int, int, float]], side: Callable[[Sequen
             "measured": [list(point) for point in points]}
 
 
-def memory_rate(world: World) -> float:
+def update_rate(world: World) -> float:
+    """10^9 bytes a second of an optimizer's step: gradients cleared and copied, AdamW, the new parameters copied."""
+    count = UPDATE_NUMBERS[world.device.type]
+    parameter, gradients, published = (torch.zeros(count, device=world.device) for _ in range(3))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-4, fused=world.device.type == "cuda")
+
+    def update() -> None:
+        parameter.grad = gradients.clone()
+        optimizer.step()
+        published.copy_(parameter)
+        gradients.zero_()
+
+    # A copy of the gradients, the update, a copy of the parameters, and the clearing.
+    numbers = (2 + OPTIMIZER_PASSES[world.device.type] + 2 + 1) * count
+    return numbers * STATISTICS_BYTES / seconds_of(world, update) / 1e9
+
+
+def passes_rate(world: World) -> float:
     """10^9 bytes a second over a norm, an activation and a sum in their elementary operations, as a layer has them."""
     count = PASS_NUMBERS[world.device.type]
-    hidden, other = (torch.randn(count // 512, 512, device=world.device) for _ in range(2))
+    operands = Cold(lambda: [torch.randn(count // 512, 512, device=world.device) for _ in range(2)], world)
     weight = torch.ones(512, device=world.device)
-    half = hidden[:, :256]
 
-    def passes() -> None:
+    def passes() -> tuple[Tensor, ...]:
+        hidden, other = operands.next()
+        half = hidden[:, :256]
         normalised = nn.functional.rms_norm(hidden, (512,)) * weight
-        nn.functional.silu(half) * other[:, :256]
-        normalised + other
+        activation = nn.functional.silu(half)
+        return normalised, activation, activation * other[:, :256], normalised + other
 
     # A norm 7 times, an activation with its product 2.5 times (of half the numbers), a sum 3 times.
     numbers = (7 + 0.5 * 5 + 3) * count
-    return numbers * hidden.element_size() / seconds_of(world, passes, 4) / 1e9
+    return numbers * STATISTICS_BYTES / seconds_of(world, passes, 4) / 1e9
 
 
 def links(world: World, local: int) -> tuple[dict[str, float] | None, dict[str, float] | None]:
@@ -227,10 +284,10 @@ def measured_link(world: World, group: dist.ProcessGroup, size: int) -> dict[str
 
 
 # ------------------------------------------------------------------------------------------------------- fixed times
-def fixed_times(world: World) -> tuple[float, float, float]:
+def fixed_times(world: World, grid: Grid) -> tuple[float, float, float]:
     """Microseconds of a layer's forward and backward pass, and milliseconds of a step's rest, with next to no work."""
     few, many = 2, 10
-    times = {layers: _small_model(world, layers) for layers in (few, many)}
+    times = {layers: _small_model(world, grid, layers) for layers in (few, many)}
     layer = [(times[many][way] - times[few][way]) / (many - few) for way in (0, 1)]
     forward = max(0.0, layer[0])
     backward = max(0.0, layer[1] - layer[0])
@@ -238,20 +295,19 @@ def fixed_times(world: World) -> tuple[float, float, float]:
     return round(forward * 1e6, 1), round(backward * 1e6, 1), round(step * 1e3, 3)
 
 
-def _small_model(world: World, layers: int) -> tuple[float, float]:
+def _small_model(world: World, grid: Grid, layers: int) -> tuple[float, float]:
     """Seconds of the forward pass alone, and of a whole step, of a model that is hardly more than its calls."""
     parallel, precision = Parallel(), Precision(dtype="fp32" if world.device.type == "cpu" else "bf16")
-    layout = Layout(world.size, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
         architecture = _write_small_model(Path(folder), layers)
-        model = build_model(Path(folder), architecture, parallel, "none", precision, make_grid(layout), world.device)
+        model = build_model(Path(folder), architecture, parallel, "none", precision, grid, world.device)
     trainer = make_trainer(model, Optimizer(lr=1e-4), 1000)
     objective = build_objective(SftObjective())
     step = Step(tuple(Group(f"row:{rank}", (Sample((3, 4, 5, 6), 2, Kind.CHOSEN),)) for rank in range(world.size)))
     context = LossContext(model.grid.groups.tp, architecture.vocab_size, 16, step.counts)
 
     def batches() -> list:
-        return step.batches(step.table(layout.data, 1)[model.grid.at.data], pad_id=0, padding=model.padding,
+        return step.batches(step.table(grid.layout.data, 1)[model.grid.at.data], pad_id=0, padding=model.padding,
                             device=world.device)
 
     def whole() -> None:

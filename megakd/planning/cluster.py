@@ -39,7 +39,9 @@ class Device(Section):
     reserved_gib: float = Field(ge=0)
     """Taken by the driver's context, the network's buffers and blocks that the allocator cannot use."""
     memory_gb_s: float = Field(gt=0)
-    """Rate of its memory, 10^9 bytes a second, as norms, activations and updates reach it."""
+    """Rate of its memory, 10^9 bytes a second, as the optimizer and the reading of weights reach it."""
+    passes_gb_s: float = Field(gt=0)
+    """The same of norms and activations, whose tensors have the size of a micro-batch."""
     rates: dict[Literal["fp32", "bf16", "fp8"], Rates]
     attention: Rates
     """Of the attention kernel over the pairs that a causal mask leaves; a sequence's length is the side."""

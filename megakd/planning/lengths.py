@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megakd.batch import Kind
 from megakd.check import directory_behind, tokenizer_of
 from megakd.config import Recipe
-from megakd.config_stages import TrainStage
 from megakd.data.dataset import preference_groups, read_rows
 from megakd.errors import ConfigError
-from megakd.objectives import build_objective
 from megakd.planning.work import Lengths
 
 SAMPLE = 256
@@ -30,14 +30,14 @@ def given_lengths(prompt: float | None, answer: float | None) -> Lengths | None:
     return None if prompt is None else Lengths(prompt, answer)
 
 
-def lengths_of(recipe: Recipe, stage: TrainStage, given: Lengths | None) -> Lengths:
-    """Mean lengths of the sequences of a training stage.
+def lengths_of(recipe: Recipe, kinds: Sequence[Kind], given: Lengths | None) -> Lengths:
+    """Mean lengths of a stage's sequences.
 
     Answers that models will have made are taken to be as long as the data's.
 
     Args:
         recipe: whose data and tokenizer are read where nothing is given: a sample of the rows that the seed draws.
-        stage: a training stage.
+        kinds: of the sequences; of those that the data have, all are measured, the chosen ones where there is none.
         given: lengths from the command line.
 
     Raises:
@@ -60,8 +60,8 @@ def lengths_of(recipe: Recipe, stage: TrainStage, given: Lengths | None) -> Leng
     count = SAMPLE if data.train_rows is None else min(SAMPLE, data.train_rows)
     rows = read_rows(data.train, count, recipe.seed, data.answer)
     known = (Kind.CHOSEN, Kind.REJECTED)
-    kinds = [kind for kind in build_objective(stage.objective).requires.kinds if kind in known]
-    groups = preference_groups(rows, tokenizer_of(recipe), kinds or [Kind.CHOSEN], max_length=data.max_length,
+    measured = [kind for kind in kinds if kind in known] or [Kind.CHOSEN]
+    groups = preference_groups(rows, tokenizer_of(recipe), measured, max_length=data.max_length,
                                too_long=data.too_long)
     samples = [sample for group in groups for sample in group.samples]
     return Lengths(sum(len(sample.tokens) - sample.response_length for sample in samples) / len(samples),

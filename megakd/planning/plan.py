@@ -15,11 +15,13 @@ from megakd.config_checks import answering_roles, roles_of
 from megakd.config_stages import ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.hf.pieces import check_layout
+from megakd.objectives import build_objective
 from megakd.planning.candidate import GIB, MARGIN, Candidate, layout_text, room
 from megakd.planning.cluster import Cluster
 from megakd.planning.lengths import lengths_of, longest_of
 from megakd.planning.nearest import changes_between, smallest_change
 from megakd.planning.nodes import check_nodes
+from megakd.planning.plan_inference import InferencePlan, can_be_planned, plan_inference
 from megakd.planning.recipe import question_of_stage, setup_of_stage
 from megakd.planning.search import Limits, Question, check_arithmetic, search
 from megakd.planning.work import Lengths
@@ -69,26 +71,30 @@ class TrainingPlan:
 
 
 def plan_recipe(recipe: Recipe, cluster: Cluster, nodes: Mapping[str, int] | None, lengths: Lengths | None,
-                best: int) -> list[TrainingPlan]:
-    """Plans of a recipe's training stages.
+                best: int) -> list[TrainingPlan | InferencePlan]:
+    """Plans of a recipe's stages: of those that train, generate, score or evaluate.
 
     Args:
         recipe: the recipe.
         cluster: where it would run.
         nodes: nodes of each stage that is to be planned; each stage's fewest when None.
         lengths: of prompts and answers; measured in the data when None.
-        best: how many layouts to look for besides the recipe's own.
+        best: how many layouts to look for besides the recipe's own, of trainings.
 
     Raises:
         ConfigError: a stage cannot run on these nodes or does not fit into their memory, with the smallest change that
             helps; lengths are neither given nor can be measured.
         ModelError: a model's config.json is missing or not supported.
     """
-    plans = []
+    plans: list[TrainingPlan | InferencePlan] = []
     for stage in recipe.stages:
-        if isinstance(stage, TrainStage) and (nodes is None or stage.name in nodes):
-            plans.append(plan_training(recipe, stage, cluster, None if nodes is None else nodes[stage.name],
-                                       cluster.devices_per_node, lengths, best))
+        if nodes is not None and stage.name not in nodes:
+            continue
+        where = (cluster, None if nodes is None else nodes[stage.name], cluster.devices_per_node, lengths)
+        if isinstance(stage, TrainStage):
+            plans.append(plan_training(recipe, stage, *where, best))
+        elif can_be_planned(stage):
+            plans.append(plan_inference(recipe, stage, *where))
     return plans
 
 
@@ -96,7 +102,7 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
                   lengths: Lengths | None, best: int) -> TrainingPlan:
     """The plan of a training stage; the arguments and errors are those of `plan_recipe`."""
     check_models(recipe, stage)
-    mean = lengths_of(recipe, stage, lengths)
+    mean = lengths_of(recipe, build_objective(stage.objective).requires.kinds, lengths)
     if nodes is None:
         nodes = fewest_nodes(recipe, stage, cluster, ranks_per_node, mean)
     check_nodes(recipe, [stage], nodes, ranks_per_node)

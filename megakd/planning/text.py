@@ -11,6 +11,7 @@ from megakd.planning.candidate import GIB, Candidate, layout_text, room
 from megakd.planning.cluster import Cluster
 from megakd.planning.nearest import changes_between
 from megakd.planning.plan import TrainingPlan
+from megakd.planning.plan_inference import InferencePlan
 
 SMALL = 0.005
 """Share of a whole below which a part is not named."""
@@ -18,7 +19,7 @@ LABEL = 13
 """Width of the names on the left."""
 
 
-def describe(recipe: Recipe, cluster: Cluster, plans: Sequence[TrainingPlan], given_lengths: bool,
+def describe(recipe: Recipe, cluster: Cluster, plans: Sequence[TrainingPlan | InferencePlan], given_lengths: bool,
              given_nodes: bool) -> str:
     """The whole text."""
     node = cluster.devices_per_node
@@ -29,20 +30,42 @@ def describe(recipe: Recipe, cluster: Cluster, plans: Sequence[TrainingPlan], gi
     others = []
     for stage in recipe.stages:
         if stage.name in planned:
-            lines += ["", *_stage(planned[stage.name], given_nodes)]
+            plan = planned[stage.name]
+            told = _stage(plan, given_nodes) if isinstance(plan, TrainingPlan) else \
+                _inference(plan, cluster, given_nodes)
+            lines += ["", *told]
         elif not isinstance(stage, TrainStage):
             others.append(f"{stage.name} ({stage.kind})")
     if others:
-        lines += ["", f"Not planned, as they train nothing: {', '.join(others)}"]
+        lines += ["", f"Not planned: {', '.join(others)}"]
     return "\n".join(lines) + "\n"
+
+
+def _inference(plan: InferencePlan, cluster: Cluster, given_nodes: bool) -> list[str]:
+    """A stage that trains nothing."""
+    memory, lengths = plan.memory, plan.lengths
+    written = f"; writes {_bytes(plan.written)}" if plan.written else ""
+    lines = [*(_line(name, layout_text(role)) for name, role in plan.roles.items()),
+             _line("the stage", f"{_duration(plan.time.total)}, {plan.gpu_hours:,.1f} GPU-hours{written} = "
+                                f"{_shares(plan.time.parts, plan.time.total, _duration)}"),
+             _line("memory", f"{_gib(memory.total)} of {_gib(room(cluster))} GiB, most in {memory.fullest!r}: "
+                             f"{_shares(memory.parts, memory.total, _gib)}")]
+    return [f"{plan.stage.name} ({plan.stage.kind}), {_nodes(plan.nodes, plan.world, given_nodes)}",
+            f"  {plan.rows:,} rows ({plan.rows_from}); prompt {lengths.prompt:.0f} + answer {lengths.answer:.0f} "
+            "tokens",
+            *_indented(lines)]
+
+
+def _nodes(nodes: int, world: int, given: bool) -> str:
+    fewest = "" if given else " (the fewest; --nodes for others)"
+    return f"{nodes} node{'s' if nodes > 1 else ''} = {world} GPUs{fewest}"
 
 
 def _stage(plan: TrainingPlan, given_nodes: bool) -> list[str]:
     stage, question = plan.stage, plan.question
-    nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''} = {question.world} GPUs"
-    fewest = "" if given_nodes else " (the fewest; --nodes for others)"
     tokens = plan.own.setup.work.tokens
-    lines = [f"{stage.name} ({stage.kind}: {stage.objective.kind}), {nodes}{fewest}",
+    where = _nodes(plan.nodes, question.world, given_nodes)
+    lines = [f"{stage.name} ({stage.kind}: {stage.objective.kind}), {where}",
              f"  {plan.steps:,} steps of {stage.global_batch:,} groups, {tokens:,.0f} tokens a step; prompt "
              f"{question.lengths.prompt:.0f} + answer {question.lengths.answer:.0f} tokens",
              "  the recipe's layout", *_indented(_own(plan))]
@@ -141,7 +164,9 @@ def _duration(seconds: float) -> str:
     hours = seconds / 3600
     if hours >= 48:
         return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{seconds / 60:.1f} minutes"
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else _seconds(seconds)
 
 
 def _bytes(size: float) -> str:

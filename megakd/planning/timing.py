@@ -81,7 +81,7 @@ def passes_seconds(cluster: Cluster, setup: TrainingSetup, widths: LayerWidths, 
         # A norm reads and writes 7 times in its elementary operations, a residual sum 3 times; query and key rotated
         # (and the packed projection gathered), the activation with its product and offset.
         size = (20 * hidden + 12 * query + 10 * key + 7 * ffn) * setup.parameter_bytes
-    return size * tokens / (cluster.device.memory_gb_s * 1e9)
+    return size * tokens / (cluster.device.passes_gb_s * 1e9)
 
 
 def call_seconds(cluster: Cluster, call: Call, link: Link) -> float:
@@ -186,7 +186,7 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
         passes = LOGIT_PASSES * call.models * rows + (2 * rows if own else 0)
         # The head's gradient is added up over the chunks.
         passes += (2 if own else 0) * chunks * trained.architecture.hidden_size
-        total += passes * columns * STATISTICS_BYTES / (cluster.device.memory_gb_s * 1e9)
+        total += passes * columns * STATISTICS_BYTES / (cluster.device.passes_gb_s * 1e9)
     messages = sum(call_seconds(cluster, call, link_of(cluster, trained, "tensor"))
                    for call in loss_calls(setup, (micro,)) if call.size > 1)
     return total + messages

@@ -16,11 +16,16 @@ from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megakd.batch import Step
+from megakd.batch import Padding, Step
 from megakd.config import Parallel
+from megakd.hf.families import Architecture
 from megakd.mcore.model import PipelineDecoder, evaluating, freeze
 from megakd.mcore.step import forward_hidden
+from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext, RoleOutput
+from megakd.planning.recipe import loss_calls
+from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.work import work_of_step
 from megakd.rollout import Prompt, Sampling, generate
 from tests.mcore.cases import CPU, Distillation, Job, build
 
@@ -66,6 +71,24 @@ def _bytes(value) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def setup_of(case: Distillation, world: int) -> TrainingSetup:
+    """The planner's view of a case's first step."""
+    requires = build_objective(case.objective).requires
+    roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
+                             case.micro_batches[role], case.recompute if role == "student" else "none")
+             for role in ("student", *requires.teachers)}
+    paddings = {role: Padding(setup.parallel.tensor if setup.parallel.sequence else 1,
+                              uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
+    teachers = {role: roles[role] for role in requires.teachers}
+    work = work_of_step(
+        Step(case.groups[: case.global_batch]), {role: setup.layout for role, setup in roles.items()},
+        {role: setup.micro_batch for role, setup in roles.items()}, paddings,
+        {role: requires.teacher_kinds[role] for role in teachers},
+    )
+    return TrainingSetup(roles["student"], teachers, loss_calls(case.objective, requires), work, case.chunk_tokens,
+                         "fp32", "cpu")
 
 
 def measured_step(case: Distillation) -> dict:

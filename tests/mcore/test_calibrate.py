@@ -37,11 +37,10 @@ def _measured_quickly() -> dict:
     calibrate.REPEATS = 1
     calibrate.SMALL = {"cpu": 1e5}
     calibrate.SIDES = calibrate.LENGTHS = {"cpu": (16, 32)}
-    calibrate.PASS_NUMBERS = {"cpu": 1 << 12}
-    calibrate.MESSAGE_BYTES = (1 << 8, 1 << 12)
+    calibrate.PASS_NUMBERS = calibrate.UPDATE_NUMBERS = {"cpu": 1 << 12}
+    calibrate.MESSAGE_BYTES, calibrate.COLD_BYTES = (1 << 8, 1 << 12), {"cpu": 0}
     world = runtime.adopt(torch.device("cpu"))
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each rank had a node of its own
-    runtime.initialize_global_state(1, 1)
     return calibrate.measured_cluster(world).model_dump(mode="json")
 
 
@@ -58,8 +57,8 @@ def test_ranks_on_two_nodes_measure_the_network():
 def test_the_command_writes_a_description_that_loads(tmp_path):
     file = tmp_path / "here.yaml"
     program = ("import sys; from megakd.planning import calibrate as c; c.REPEATS = 1; c.SMALL = {'cpu': 1e5}; "
-               "c.SIDES = c.LENGTHS = {'cpu': (16, 32)}; c.PASS_NUMBERS = {'cpu': 4096}; "
-               "c.MESSAGE_BYTES = (256, 4096); "
+               "c.SIDES = c.LENGTHS = {'cpu': (16, 32)}; c.PASS_NUMBERS = c.UPDATE_NUMBERS = {'cpu': 4096}; "
+               "c.MESSAGE_BYTES = (256, 4096); c.COLD_BYTES = {'cpu': 0}; "
                "from megakd.cli import main; sys.exit(main(sys.argv[1:]))")
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
                  "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}

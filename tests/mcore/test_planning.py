@@ -6,22 +6,17 @@ from collections import Counter
 
 import pytest
 
-from megakd.batch import Group, Padding, Sample, Step
+from megakd.batch import Group, Sample
 from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
-from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
 from megakd.planning.memory import GATHERED, training_memory
-from megakd.planning.recipe import loss_calls
-from megakd.planning.setup import RoleSetup, TrainingSetup
 from megakd.planning.traffic import training_traffic
-from megakd.planning.work import work_of_step
 from tests.mcore.cases import Distillation
-from tests.mcore.planning_cases import TRIES, measured_step
+from tests.mcore.planning_cases import TRIES, measured_step, setup_of
 from tests.mcore.tiny import make_llama
 from tests.ranks import run_ranks
 
-CHUNK = 16  # of `Job`
 TP2 = Parallel(tensor=2)
 SP2 = Parallel(tensor=2, sequence=True)
 CASES = {
@@ -46,22 +41,6 @@ def directories(tmp_path_factory) -> dict[str, str]:
     sizes = {"hidden": 128, "heads": 8, "kv_heads": 4}
     return {role: str(make_llama(folder / role, seed=seed, layers=layers, tied=role == "student", **sizes))
             for seed, (role, layers) in enumerate({"student": 8, "teacher": 4, "reference": 4}.items())}
-
-
-def setup_of(case: Distillation, world: int) -> TrainingSetup:
-    requires = build_objective(case.objective).requires
-    roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
-                             case.micro_batches[role], case.recompute if role == "student" else "none")
-             for role in ("student", *requires.teachers)}
-    paddings = {role: Padding(setup.parallel.tensor if setup.parallel.sequence else 1,
-                              uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
-    teachers = {role: roles[role] for role in requires.teachers}
-    work = work_of_step(
-        Step(case.groups[: case.global_batch]), {role: setup.layout for role, setup in roles.items()},
-        {role: setup.micro_batch for role, setup in roles.items()}, paddings,
-        {role: requires.teacher_kinds[role] for role in teachers},
-    )
-    return TrainingSetup(roles["student"], teachers, loss_calls(case.objective, requires), work, CHUNK, "fp32", "cpu")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,9 +18,16 @@ from megakd.config import load
 from megakd.data.dataset import preference_groups, read_rows
 from megakd.planning.candidate import room
 from megakd.planning.cluster import DESCRIPTIONS, cluster_named, load_cluster
+from megakd.planning.inference import generation_memory, generation_time
 from megakd.planning.memory import training_memory
-from megakd.planning.plan import plan_recipe
+from megakd.planning.plan import TrainingPlan, plan_recipe
 from megakd.planning.recipe import setup_of_stage
+from megakd.planning.recipe_inference import (
+    evaluation_memory,
+    evaluation_of_stage,
+    evaluation_time,
+    generation_of_stage,
+)
 from megakd.planning.text import describe
 from megakd.planning.timing import training_time
 from megakd.planning.traffic import training_traffic
@@ -60,9 +67,10 @@ def test_the_recipes_own_numbers_are_the_models(capsys):
                 "plan.json")
     written = json.loads(Path("plan.json").read_text())
     recipe, cluster = load(RECIPE), cluster_named("h100")
-    assert [(each["stage"], each["gpus"], each["steps"]) for each in written["stages"]] == [
-        ("dckd", 16, 470), ("adpa", 32, 470)]
-    for each in written["stages"]:
+    assert [(each["stage"], each["gpus"]) for each in written["stages"]] == [
+        ("dckd", 16), ("generate", 16), ("adpa", 32), ("eval", 32)]
+    for each in trainings(written):
+        assert each["steps"] == 470
         setup = setup_of_stage(recipe, stage_of(recipe, each["stage"]), each["gpus"], Lengths(300, 300))
         memory, time, own = training_memory(setup, 0), training_time(cluster, setup), each["own"]
         assert own["memory"]["total"] == memory.total and own["memory"]["parts"] == memory.parts
@@ -78,7 +86,44 @@ def test_the_recipes_own_numbers_are_the_models(capsys):
         assert each["longest_sequences_bytes"] == training_memory(longest, 0).total
         for found in each["best"]:
             assert found["reason"] in text and found["memory"]["total"] <= room(cluster)
-    assert "Not planned, as they train nothing: generate (generate), eval (eval)" in text
+    assert "Not planned: export (export), report (report)" in text
+
+
+def trainings(written: dict) -> list[dict]:
+    return [each for each in written["stages"] if "own" in each]
+
+
+def test_the_numbers_of_other_stages_are_the_models(capsys):
+    text = plan(capsys, RECIPE, "--cluster", "h100", "--nodes", "generate=2,eval=1", "--best", "0", *GIVEN, "--json",
+                "plan.json")
+    recipe, cluster = load(RECIPE), cluster_named("h100")
+    answers, _, evaluated = [each for each in json.loads(Path("plan.json").read_text())["stages"]
+                             if each["stage"] in ("generate", "adpa", "eval")]
+    # 470 steps of 128 rows; a row of the cache is as long as a sequence may be, 1,024.
+    task = generation_of_stage(recipe, stage_of(recipe, "generate"), 16, 60160, Lengths(300, 300), 512)
+    assert answers["rows"] == 60160 and answers["memory"]["parts"] == generation_memory(task, 0).parts
+    assert answers["memory"]["parts"]["keys and values"] == 2 * 32 * 128 * 2 * 128 * 1024 * 2
+    assert answers["seconds"]["parts"] == generation_time(cluster, task).parts
+    assert answers["gpu_hours"] == pytest.approx(generation_time(cluster, task).total * 16 / 3600)
+    assert "60,160 rows (the steps of its trainings, each row seen once); prompt 300 + answer 300 tokens" in text
+    assert "generate (generate), 2 nodes = 16 GPUs\n" in text and "keys and values 4.0" in text
+    setup = evaluation_of_stage(recipe, stage_of(recipe, "eval"), 8, 512, Lengths(300, 300), 512)
+    assert evaluated["seconds"]["parts"] == evaluation_time(cluster, setup).parts
+    assert evaluated["memory"]["total"] == max(evaluation_memory(setup, label, 0).total for label in setup.models)
+    assert list(evaluated["layouts"]) == ["start", "dckd", "final", "teacher", "reference"]
+
+
+@pytest.mark.parametrize(("words", "said", "fix"), [
+    (("stages.generate.slots=4096",), "most of it is 'keys and values', 128.0 GiB", "stages.generate.slots=2048"),
+    (("stages.generate.model=models/teacher", "student.parallel.tensor=1", "student.micro_batch=1"),
+     "most of it is 'weights'", "Raise parallel.tensor"),
+])
+def test_answers_that_do_not_fit_are_told_what_helps(capsys, words, said, fix):
+    line = refusal(capsys, "--cluster", "h100", "--nodes", "generate=1,adpa=64", *GIVEN, *words)
+    assert line.startswith("stages.generate = 'student ") and said in line and fix in line
+    if not fix.startswith("Raise"):
+        again = plan(capsys, RECIPE, "--cluster", "h100", "--nodes", "generate=1", *GIVEN, "--best", "0", fix)
+        assert "generate (generate), 1 node = 8 GPUs" in again
 
 
 def stage_of(recipe, name):
@@ -133,18 +178,26 @@ def test_a_training_by_tokens_and_one_that_draws_answers(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/recipe.yaml")), ids=lambda file: file.parent.name)
 def test_the_trainings_of_every_example_can_be_planned(monkeypatch, file):
-    monkeypatch.setattr("megakd.planning.recipe.architecture_of", lambda recipe, model: LLAMA_8B)
+    for module in ("recipe", "recipe_inference"):
+        monkeypatch.setattr(f"megakd.planning.{module}.architecture_of", lambda recipe, model: LLAMA_8B)
     cluster = cluster_named("h100")
     roomy = cluster.device.model_copy(update={"memory_gib": 300.0})
     cluster = cluster.model_copy(update={"devices_per_node": 2, "device": roomy})
     recipe = load(file, ("device=cuda", "precision=bf16"))
-    plans = plan_recipe(recipe, cluster, None, Lengths(60, 60), 1)
+    planned = plan_recipe(recipe, cluster, None, Lengths(60, 60), 1)
+    left_out = {each.name for each in recipe.stages} - {each.stage.name for each in planned}
+    assert {each.kind for each in recipe.stages if each.name in left_out} <= {"export", "report", "score"}
+    plans = [each for each in planned if isinstance(each, TrainingPlan)]
     assert [each.stage.name for each in plans] == [each.name for each in recipe.stages if hasattr(each, "objective")]
+    for each in planned:
+        if not isinstance(each, TrainingPlan):
+            assert each.time.total > 0 and each.memory.total <= room(cluster) and each.rows > 0
     for each in plans:
         assert each.own.fits and each.best and each.best[0].seconds <= each.own.seconds
         stored = each.stage.objective.signal_kinds and each.stage.online is None
         assert any(found.scoring for found in each.best) == bool(stored and each.question.teachers)
-    assert describe(recipe, cluster, plans, given_lengths=True, given_nodes=False).count("throughput") >= 2 * len(plans)
+    text = describe(recipe, cluster, planned, given_lengths=True, given_nodes=False)
+    assert text.count("throughput") >= 2 * len(plans) and text.count("the stage") == len(planned)
 
 
 # ------------------------------------------------------------------------------------------------------------- lengths
@@ -155,7 +208,7 @@ def test_lengths_are_those_of_the_data(tmp_path, capsys):
     text = plan(capsys, file, "--cluster", str(cluster), "--best", "0", "--json", "plan.json")
     assert "measured in the data" in text
     rows = read_rows(recipe.data.train, None, recipe.seed, "chosen")
-    for written in json.loads(Path("plan.json").read_text())["stages"]:
+    for written in trainings(json.loads(Path("plan.json").read_text())):
         kinds = [Kind.CHOSEN] if written["stage"] == "adpa" else [Kind.CHOSEN, Kind.REJECTED]
         groups = preference_groups(rows, tokenizer_of(recipe), kinds, max_length=96, too_long="error")
         samples = [sample for group in groups for sample in group.samples]

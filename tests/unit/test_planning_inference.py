@@ -41,6 +41,7 @@ def cluster(tflops: float = 1e6, memory_gb_s: float = 1e9, latency_us: float = 0
     rates = {"peak_tflops": tflops, "efficiency": 0.5, "half_side": 0.0}
     link = {"gb_s": 1e9, "latency_us": latency_us}
     device = {"kind": "made up", "memory_gib": 80, "reserved_gib": 2, "memory_gb_s": memory_gb_s,
+              "passes_gb_s": memory_gb_s,
               "rates": {"fp32": rates, "bf16": rates}, "attention": rates, "layer_forward_us": 0.0,
               "layer_backward_us": 0.0, "step_ms": 0.0}
     return Cluster.model_validate({
