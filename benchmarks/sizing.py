@@ -18,7 +18,7 @@ from megakd.objectives import build_objective
 from megakd.planning.candidate import Candidate, layout_text
 from megakd.planning.cluster import cluster_named
 from megakd.planning.recipe import loss_calls
-from megakd.planning.search import BESIDE, Limits, Question, search
+from megakd.planning.search import BEFORE, BESIDE, Limits, Question, search
 from megakd.planning.work import Lengths
 from tests.planning_cases import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
 
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def best(pair: str, cluster: str, gpus: int) -> Candidate | None:
-    """The best layout of a pair on a number of GPUs; None where it does not fit."""
+    """The best layout of a pair on a number of GPUs, with the teachers beside the student; where they do not fit, with
+    hidden states that they have written beforehand; None where they do not fit by themselves."""
     teacher, student = PAIRS[pair]
     objective = AdpaObjective()
     requires = build_objective(objective).requires
@@ -66,14 +67,17 @@ def best(pair: str, cluster: str, gpus: int) -> Candidate | None:
         student, dict.fromkeys(requires.teachers, teacher), requires.kinds, requires.teacher_kinds,
         loss_calls(objective, requires), LENGTHS, BATCHES[gpus], gpus, 2048, "bf16", "cuda",
     )
-    found = search(question, cluster_named(cluster), Limits(placements=(BESIDE,), best=1))
-    return found[0] if found else None
+    for placement in (BESIDE, BEFORE):
+        if found := search(question, cluster_named(cluster), Limits(placements=(placement,), best=1)):
+            return found[0]
+    return None
 
 
 def line_of(pair: str, cluster: str, gpus: int, found: Candidate) -> str:
     """A row of the table."""
     setup = found.setup
     teachers = {layout_text(teacher) for teacher in setup.teachers.values()}
+    teachers |= {f"beforehand, {layout_text(scoring.setup)}" for scoring in found.scoring.values()}
     hours = found.seconds / setup.work.tokens * 1e9 * gpus / 3600
     rate = setup.work.tokens / found.seconds / gpus
     return (f"| {pair} | {gpus} {cluster.upper()} | {BATCHES[gpus]} | {layout_text(setup.trained)} "
