@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import lcm, prod
 
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Shard, padded_kv_heads, padded_vocab, parameter_shapes
@@ -31,18 +31,29 @@ def parameter_count(architecture: Architecture, norms_per_layer: int = 2) -> int
 
 def shard_parameters(architecture: Architecture, shard: Shard) -> int:
     """Parameters that one model chunk of a rank holds, padding included."""
-    ends, layer = _chunk_parameters(architecture, shard.tensor_size, shard.embedding, shard.head, shard.spec)
+    ends, layer = _chunk_parameters(architecture, shard.tensor_size, shard.embedding, shard.head, shard.spec, 1)
     return ends + shard.layers * layer
 
 
+def buffer_numbers(architecture: Architecture, shard: Shard, replicas: int) -> int:
+    """Numbers in the buffer that a chunk's gradients are reduced in: each parameter begins at a multiple of 64, and the
+    whole divides by 128 and by the replicas (megatron-core's `_ParamAndGradBuffer`)."""
+    ends, layer = _chunk_parameters(architecture, shard.tensor_size, shard.embedding, shard.head, shard.spec, 64)
+    return _up(ends + shard.layers * layer, lcm(128, replicas))
+
+
 @cache
-def _chunk_parameters(architecture: Architecture, tensor_size: int, embedding: bool, head: bool,
-                      spec: str) -> tuple[int, int]:
-    """Parameters outside layers, and of one layer, as the table of pieces has them. A search asks for the same chunks
-    thousands of times."""
-    counts = [sum(prod(shape) for shape in parameter_shapes(
+def _chunk_parameters(architecture: Architecture, tensor_size: int, embedding: bool, head: bool, spec: str,
+                      multiple: int) -> tuple[int, int]:
+    """Parameters outside layers, and of one layer, as the table of pieces has them, each filled up to a multiple. A
+    search asks for the same chunks thousands of times."""
+    counts = [sum(_up(prod(shape), multiple) for shape in parameter_shapes(
         architecture, Shard(0, tensor_size, 0, layers, embedding, head, spec)).values()) for layers in (0, 1)]
     return counts[0], counts[1] - counts[0]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ from megakd.hf.families import Architecture
 from megakd.layout import Layout
 from megakd.planning.recipe import setup_of_stage
 from megakd.planning.setup import LossCall, RoleSetup
-from megakd.planning.sizes import layer_flops, layer_widths, model_flops, parameter_count, shard_parameters
+from megakd.planning.sizes import (
+    buffer_numbers,
+    layer_flops,
+    layer_widths,
+    model_flops,
+    parameter_count,
+    shard_parameters,
+)
 from megakd.planning.work import Lengths, work_of_lengths, work_of_step
 from tests.planning_cases import LLAMA_8B, LLAMA_70B, LLAMA_405B, architecture
 from tests.recipes import stage, tiny_recipe
@@ -42,6 +49,18 @@ def test_the_ranks_hold_all_parameters_of_a_model(tensor, pipeline, virtual):
     padded = -128256 % (128 * tensor)
     norms = (2 * 80 + 1) * 8192
     assert sum(held) * tensor == parameter_count(LLAMA_70B) + (tensor - 1) * norms + 2 * padded * 8192
+
+
+def test_gradients_are_reduced_in_a_buffer_with_gaps():
+    # hidden 40, 1 head of 8, MLP 24, 256 rows: 10,240 numbers of the embedding; a layer's norms have 40 each and begin at
+    # multiples of 64; qkv 960 = 15 x 64, projection 320 = 5 x 64, MLP 1,920 and 960, which are multiples, too.
+    model = architecture(40, 2, 1, 1, 8, 24, 256, tied=True)
+    shard, = RoleSetup(model, Parallel(), 6, 1).shards(0, "local")
+    layer = 64 + 64 + 960 + 320 + 1920 + 960
+    assert shard_parameters(model, shard) == 10240 + 2 * (layer - 48) + 40
+    exact = 10240 + 2 * layer + 64
+    assert buffer_numbers(model, shard, 1) == -(-exact // 128) * 128
+    assert buffer_numbers(model, shard, 3) == -(-exact // 384) * 384
 
 
 def test_operations_of_the_405b_training_run():
