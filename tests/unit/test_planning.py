@@ -52,8 +52,8 @@ def test_the_ranks_hold_all_parameters_of_a_model(tensor, pipeline, virtual):
 
 
 def test_gradients_are_reduced_in_a_buffer_with_gaps():
-    # hidden 40, 1 head of 8, MLP 24, 256 rows: 10,240 numbers of the embedding; a layer's norms have 40 each and begin at
-    # multiples of 64; qkv 960 = 15 x 64, projection 320 = 5 x 64, MLP 1,920 and 960, which are multiples, too.
+    # hidden 40, 1 head of 8, MLP 24, 256 rows: 10,240 numbers of the embedding; a layer's norms have 40 each and begin
+    # at multiples of 64; qkv 960 = 15 x 64, projection 320 = 5 x 64, MLP 1,920 and 960, which are multiples, too.
     model = architecture(40, 2, 1, 1, 8, 24, 256, tied=True)
     shard, = RoleSetup(model, Parallel(), 6, 1).shards(0, "local")
     layer = 64 + 64 + 960 + 320 + 1920 + 960
