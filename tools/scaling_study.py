@@ -32,7 +32,7 @@ from megakd.errors import ConfigError, MegakdError
 from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
 from megakd.planning.candidate import GIB, Candidate, layout_text
-from megakd.planning.cluster import Cluster, load_cluster
+from megakd.planning.cluster import Cluster, cluster_named
 from megakd.planning.recipe import loss_calls
 from megakd.planning.search import Limits, Question, search
 from megakd.planning.timing import call_seconds, link_of
@@ -193,7 +193,8 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--cluster", required=True, help="a description such as slurm/clusters/h100.yaml")
+    made.add_argument("--cluster", required=True,
+                      help="a description: a file, or a name in slurm/clusters/ such as h100")
     made.add_argument("--out", type=Path, required=True, help="folder for study.csv and study.html")
     made.add_argument("--teachers", type=_words, default=list(MODELS))
     made.add_argument("--students", type=_words, default=["1B", "8B"])
@@ -232,7 +233,7 @@ def check(options: argparse.Namespace) -> None:
         for name in names:
             if name not in known:
                 raise ConfigError(field, name, "is not known", f"Write one of {', '.join(known)}")
-    if options.measure and load_cluster(options.cluster).device_type != "cpu":
+    if options.measure and cluster_named(options.cluster).device_type != "cpu":
         raise ConfigError("--measure", options.cluster, "measures on this machine's CPU, whose rates it needs",
                           "Give --cluster a description with device_type: cpu")
 
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         check(options)
-        cluster = load_cluster(options.cluster)
+        cluster = cluster_named(options.cluster)
         measured: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         if options.measure:

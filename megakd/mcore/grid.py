@@ -42,7 +42,8 @@ class Grid:
 def make_grid(layout: Layout) -> Grid:
     """Makes the process groups of a layout. Collective over the world: every rank calls it, in the same order."""
     hyper = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
-    at, made = layout.coordinates(dist.get_rank()), _Groups()
+    rank = dist.get_rank(dist.group.WORLD)
+    at, made = layout.coordinates(rank), _Groups(rank)
     pipelines = hyper.get_rank_enum("pp")
 
     def along(*axes: str) -> dist.ProcessGroup:
@@ -74,19 +75,20 @@ def make_grid(layout: Layout) -> Grid:
 class _Groups:
     """This rank's groups of a grid, each partition of the world once. All ranks ask for the same, in the same order."""
 
-    def __init__(self):
+    def __init__(self, rank: int):
+        self._rank = rank
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     def of(self, partition: Partition) -> dist.ProcessGroup:
         """This rank's group of a partition. Collective over the world."""
         key = tuple(sorted(tuple(sorted(ranks)) for ranks in partition))
         if key not in self._made:
-            self._made[key] = dist.group.WORLD if len(key) == 1 else _own_group(key)
+            self._made[key] = dist.group.WORLD if len(key) == 1 else _own_group(key, self._rank)
         return self._made[key]
 
 
-def _own_group(partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    """Makes this rank's group of a partition, and none of the others.
+def _own_group(partition: tuple[tuple[int, ...], ...], rank: int) -> dist.ProcessGroup:
+    """Makes the group that `rank`, this process, has in a partition, and none of the others.
 
     torch names it after its ranks and the number of groups that a rank has made, so all must have made equally many.
     NCCL splits the world's communicator once for all groups of a partition, by a colour that torch takes from their
@@ -95,6 +97,5 @@ def _own_group(partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
     if len({_process_group_color(list(ranks)) for ranks in partition}) < len(partition):
         group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
         return group
-    rank = dist.get_rank()
     mine = next(ranks for ranks in partition if rank in ranks)
     return dist.new_group(list(mine), use_local_synchronization=True)

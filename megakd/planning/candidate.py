@@ -198,6 +198,14 @@ def settings_of(role: RoleSetup) -> dict[str, Any]:
             "micro_batch": role.micro_batch, "recompute": role.recompute}
 
 
+def lack_of_room(cluster: Cluster, memory: Memory, where: str) -> str:
+    """What is said of a rank that does not fit: what it needs and has, and the part that is the largest."""
+    largest, device = max(memory.parts, key=lambda part: memory.parts[part]), cluster.device
+    return (f"needs {memory.total / GIB:.1f} GiB of a GPU ({where}{memory.fullest!r}) and has "
+            f"{room(cluster) / GIB:.1f} ({device.memory_gib:g} less {device.reserved_gib:g} reserved, "
+            f"{100 * MARGIN:.0f} % kept free); most of it is {largest!r}, {memory.parts[largest] / GIB:.1f} GiB")
+
+
 def layout_text(role: RoleSetup) -> str:
     """A layout as people write it."""
     cut = role.parallel

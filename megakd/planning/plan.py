@@ -16,7 +16,7 @@ from megakd.config_stages import ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.hf.pieces import check_layout
 from megakd.objectives import build_objective
-from megakd.planning.candidate import GIB, MARGIN, Candidate, layout_text, room
+from megakd.planning.candidate import GIB, Candidate, lack_of_room, layout_text
 from megakd.planning.cluster import Cluster
 from megakd.planning.lengths import lengths_of, longest_of
 from megakd.planning.nearest import changes_between, smallest_change
@@ -154,11 +154,7 @@ def fewest_nodes(recipe: Recipe, stage: TrainStage, cluster: Cluster, ranks_per_
 
 def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Candidate) -> ConfigError:
     """The refusal of a layout that needs more memory than there is: which part is the largest, and what helps."""
-    memory, device = own.memory, own.cluster.device
-    largest = max(memory.parts, key=lambda part: memory.parts[part])
-    rule = (f"needs {memory.total / GIB:.1f} GiB of a GPU (pipeline rank {own.pipeline_rank}, {memory.fullest!r}) and "
-            f"has {room(own.cluster) / GIB:.1f} ({device.memory_gib:g} less {device.reserved_gib:g} reserved, "
-            f"{100 * MARGIN:.0f} % kept free); most of it is {largest!r}, {memory.parts[largest] / GIB:.1f} GiB")
+    rule = lack_of_room(own.cluster, own.memory, f"pipeline rank {own.pipeline_rank}, ")
     scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
     stored = {role: scored[name] for role, name in stage.signals.stages.items()}
     # A role has one layout in all stages of a recipe.

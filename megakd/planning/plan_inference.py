@@ -12,7 +12,7 @@ from megakd.config_stages import GenerateStage, ScoreStage, TrainStage
 from megakd.data.dataset import read_rows
 from megakd.errors import ConfigError
 from megakd.hf.pieces import check_layout
-from megakd.planning.candidate import GIB, MARGIN, layout_text, room
+from megakd.planning.candidate import GIB, lack_of_room, layout_text, room
 from megakd.planning.cluster import Cluster
 from megakd.planning.inference import generation_memory, generation_time, scoring_memory, scoring_time
 from megakd.planning.lengths import lengths_of
@@ -161,13 +161,9 @@ def rows_of(recipe: Recipe, *, held_out: bool) -> tuple[int, str]:
 
 def _does_not_fit(recipe: Recipe, stage: InferenceStage, cluster: Cluster, plan: InferencePlan, ranks_per_node: int,
                   mean: Lengths) -> ConfigError:
-    memory, device = plan.memory, cluster.device
-    largest = max(memory.parts, key=lambda part: memory.parts[part])
-    rule = (f"needs {memory.total / GIB:.1f} GiB of a GPU ({memory.fullest!r}) and has {room(cluster) / GIB:.1f} "
-            f"({device.memory_gib:g} less {device.reserved_gib:g} reserved, {100 * MARGIN:.0f} % kept free); most of "
-            f"it is {largest!r}, {memory.parts[largest] / GIB:.1f} GiB")
     layouts = "; ".join(f"{name} {layout_text(role)}" for name, role in plan.roles.items())
-    return ConfigError(f"stages.{stage.name}", f"{layouts}; {plan.world} GPUs", rule,
+    return ConfigError(f"stages.{stage.name}", f"{layouts}; {plan.world} GPUs",
+                       lack_of_room(cluster, plan.memory, ""),
                        _fix(recipe, stage, cluster, plan, ranks_per_node, mean))
 
 
