@@ -21,17 +21,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megakd.batch import Group, Kind, Padding, Sample, Step
 from megakd.config import Parallel, Precision
 from megakd.config_stages import Optimizer
 from megakd.errors import ConfigError
-from megakd.hf.directory import write_json, write_safetensors
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
-from megakd.hf.pieces import Shard, padded_kv_heads, pieces
+from megakd.hf.pieces import padded_kv_heads
+from megakd.hf.random_model import write_random_model
 from megakd.layout import Layout
 from megakd.objectives import build_objective
 from megakd.objectives.base import LossContext
@@ -96,7 +95,7 @@ def measure(options: argparse.Namespace, cluster: Cluster) -> list[dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         for size in dict.fromkeys(run.size for run in runs):
             for seed, role in enumerate(("student", "teacher")):
-                write_model(Path(folder, size, role), SIZES[size], seed)
+                write_random_model(Path(folder, size, role), SIZES[size], seed)
         for run in runs:
             seconds = measured_steps(run, Path(folder))
             parts = training_time(cluster, setup_of(run)).parts
@@ -142,24 +141,6 @@ def setup_of(run: Run) -> TrainingSetup:
                         dict(requires.teacher_kinds))
     teachers = {role: roles[role] for role in requires.teachers}
     return TrainingSetup(roles["student"], teachers, loss_calls(objective, requires), work, CHUNK, "fp32", "cpu")
-
-
-def write_model(directory: Path, a: Architecture, seed: int) -> None:
-    """A Hugging Face directory with random weights."""
-    directory.mkdir(parents=True)
-    write_json(directory / "config.json", {
-        "model_type": a.family, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32",
-        "hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim, "intermediate_size": a.ffn_size,
-        "vocab_size": a.vocab_size, "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "rope_scaling": None,
-        "tie_word_embeddings": a.tied_embeddings, "attention_bias": False, "mlp_bias": False,
-        "max_position_embeddings": a.max_positions,
-    })
-    whole = Shard(0, 1, 0, a.layers, embedding=True, head=True, spec="local")
-    shapes = {piece.hf_name: piece.hf_shape for piece in pieces(a, whole)}
-    draw = torch.Generator().manual_seed(seed)
-    write_safetensors(directory / "model.safetensors", shapes, torch.float32,
-                      (torch.randn(shape, generator=draw) * 0.02 for shape in shapes.values()))
 
 
 def measured_steps(run: Run, folder: Path) -> list[float]:

@@ -29,9 +29,8 @@ from megakd.config import Parallel, Precision
 from megakd.config_objectives import SftObjective
 from megakd.config_stages import Optimizer
 from megakd.disk import write_text_atomic
-from megakd.hf.directory import write_json, write_safetensors
 from megakd.hf.families import Architecture
-from megakd.hf.pieces import pieces, stage_shards
+from megakd.hf.random_model import write_random_model
 from megakd.layout import Layout
 from megakd.mcore import runtime
 from megakd.mcore.grid import Grid, make_grid
@@ -299,7 +298,8 @@ def _small_model(world: World, grid: Grid, layers: int) -> tuple[float, float]:
     """Seconds of the forward pass alone, and of a whole step, of a model that is hardly more than its calls."""
     parallel, precision = Parallel(), Precision(dtype="fp32" if world.device.type == "cpu" else "bf16")
     with tempfile.TemporaryDirectory() as folder:
-        architecture = _write_small_model(Path(folder), layers)
+        architecture = Architecture("llama", 64, layers, 2, 2, 32, 128, 128, 1e-5, 1e4, None, False, False, 64)
+        write_random_model(Path(folder), architecture, 0)
         model = build_model(Path(folder), architecture, parallel, "none", precision, grid, world.device)
     trainer = make_trainer(model, Optimizer(lr=1e-4), 1000)
     objective = build_objective(SftObjective())
@@ -316,21 +316,6 @@ def _small_model(world: World, grid: Grid, layers: int) -> tuple[float, float]:
         trainer.step()
 
     return seconds_of(world, lambda: forward_hidden(model, batches()), 4), seconds_of(world, whole, 4)
-
-
-def _write_small_model(folder: Path, layers: int) -> Architecture:
-    write_json(folder / "config.json", {
-        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 128, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    })
-    architecture = Architecture.read(folder)
-    shard, = stage_shards(architecture, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, spec="local")
-    shapes = {piece.hf_name: piece.hf_shape for piece in pieces(architecture, shard)}
-    draw = torch.Generator().manual_seed(0)
-    write_safetensors(folder / "model.safetensors", shapes, torch.float32,
-                      (0.02 * torch.randn(shape, generator=draw) for shape in shapes.values()))
-    return architecture
 
 
 # --------------------------------------------------------------------------------------------------------- the device

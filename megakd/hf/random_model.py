@@ -1,0 +1,30 @@
+"""Hugging Face directories of random models, for measurements of what does not depend on the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megakd.hf.directory import write_json, write_safetensors
+from megakd.hf.families import Architecture
+from megakd.hf.pieces import Shard, pieces
+
+
+def write_random_model(directory: Path, architecture: Architecture, seed: int) -> None:
+    """Writes a Llama's config.json and float32 weights ~ N(0, 0.02) into a folder, which is made if need be."""
+    a = architecture
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", {
+        "model_type": a.family, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32",
+        "hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim, "intermediate_size": a.ffn_size,
+        "vocab_size": a.vocab_size, "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "rope_scaling": None,
+        "tie_word_embeddings": a.tied_embeddings, "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": a.max_positions,
+    })
+    whole = Shard(0, 1, 0, a.layers, embedding=True, head=True, spec="local")
+    shapes = {piece.hf_name: piece.hf_shape for piece in pieces(a, whole)}
+    draw = torch.Generator().manual_seed(seed)
+    write_safetensors(directory / "model.safetensors", shapes, torch.float32,
+                      (torch.randn(shape, generator=draw) * 0.02 for shape in shapes.values()))
