@@ -29,7 +29,7 @@ WAIT = "pipeline's wait"
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoredBeforehand:
     """A teacher that a `score` stage runs beforehand, by itself on all ranks: its share of one training step."""
 
     setup: RoleSetup
@@ -58,7 +58,7 @@ class Candidate:
 
     cluster: Cluster
     setup: TrainingSetup
-    scoring: Mapping[str, Scoring] = field(default_factory=dict)
+    scoring: Mapping[str, ScoredBeforehand] = field(default_factory=dict)
     """Teachers that score the answers beforehand."""
     reason: str = ""
     """Why it is better than the next that a search has found."""
@@ -119,7 +119,7 @@ class Candidate:
             flops[role] = self._scored_flops(role, scoring)
         return flops
 
-    def _scored_flops(self, role: str, scoring: Scoring) -> float:
+    def _scored_flops(self, role: str, scoring: ScoredBeforehand) -> float:
         """The trained model's micro-batches hold what the teacher has scored, and answers that it has not."""
         kinds = self.setup.work.teacher_kinds[role]
         micro = self.setup.work.roles["student"].micro_batches[0]

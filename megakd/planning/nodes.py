@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megakd.config import Recipe
 from megakd.config_checks import check_world, roles_of
@@ -71,6 +71,31 @@ def check_nodes(recipe: Recipe, stages: Sequence[AnyStage], nodes: int, ranks_pe
                         f"stage {stage.name}: tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context}")
                 raise ConfigError("--nodes", nodes, rule, f"Give it at least {least} nodes, or lower {role}.parallel")
     check_world(recipe, world, [stage.name for stage in stages])
+
+
+def fewest_nodes(recipe: Recipe, stage: AnyStage, ranks_per_node: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The fewest nodes, a power of two up to `most`, on which a stage can run and `fits` says that it has room; where
+    it has on none, the fewest on which it can run.
+
+    Raises:
+        ConfigError: it can run on no number of them.
+    """
+    first: int | None = None
+    refusal: ConfigError | None = None
+    nodes = 1
+    while nodes <= most:
+        try:
+            check_nodes(recipe, [stage], nodes, ranks_per_node)
+        except ConfigError as error:
+            refusal = refusal or error
+        else:
+            first = first or nodes
+            if fits(nodes):
+                return nodes
+        nodes *= 2
+    if first is None:
+        raise refusal
+    return first
 
 
 def check_device(recipe: Recipe, cluster: Cluster) -> None:

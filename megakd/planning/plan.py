@@ -20,7 +20,7 @@ from megakd.planning.candidate import GIB, Candidate, lack_of_room, layout_text
 from megakd.planning.cluster import Cluster
 from megakd.planning.lengths import lengths_of, longest_of
 from megakd.planning.nearest import changes_between, smallest_change
-from megakd.planning.nodes import check_nodes
+from megakd.planning.nodes import check_nodes, fewest_nodes
 from megakd.planning.plan_inference import InferencePlan, can_be_planned, plan_inference
 from megakd.planning.recipe import question_of_stage, setup_of_stage
 from megakd.planning.search import Limits, Question, check_arithmetic, search
@@ -104,7 +104,10 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     check_models(recipe, stage)
     mean = lengths_of(recipe, build_objective(stage.objective).requires.kinds, lengths)
     if nodes is None:
-        nodes = fewest_nodes(recipe, stage, cluster, ranks_per_node, mean)
+        nodes = fewest_nodes(
+            recipe, stage, ranks_per_node, MOST_NODES,
+            lambda count: Candidate(cluster, setup_of_stage(recipe, stage, count * ranks_per_node, mean)).fits,
+        )
     check_nodes(recipe, [stage], nodes, ranks_per_node)
     question = question_of_stage(recipe, stage, nodes * ranks_per_node, mean)
     check_arithmetic(question, cluster)
@@ -125,31 +128,6 @@ def check_models(recipe: Recipe, stage: TrainStage) -> None:
     for name, architecture in named.items():
         cut = recipe.role(name).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, name)
-
-
-def fewest_nodes(recipe: Recipe, stage: TrainStage, cluster: Cluster, ranks_per_node: int, lengths: Lengths) -> int:
-    """The fewest nodes, a power of two, on which a stage can run in its own layout and fits into the memory; where it
-    fits on none, the fewest on which it can run.
-
-    Raises:
-        ConfigError: it can run on no number of them.
-    """
-    first: int | None = None
-    refusal: ConfigError | None = None
-    nodes = 1
-    while nodes <= MOST_NODES:
-        try:
-            check_nodes(recipe, [stage], nodes, ranks_per_node)
-        except ConfigError as error:
-            refusal = refusal or error
-        else:
-            first = first or nodes
-            if Candidate(cluster, setup_of_stage(recipe, stage, nodes * ranks_per_node, lengths)).fits:
-                return nodes
-        nodes *= 2
-    if first is None:
-        raise refusal
-    return first
 
 
 def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Candidate) -> ConfigError:

@@ -17,7 +17,7 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.inference import generation_memory, generation_time, scoring_memory, scoring_time
 from megakd.planning.lengths import lengths_of
 from megakd.planning.memory import Memory
-from megakd.planning.nodes import check_nodes
+from megakd.planning.nodes import check_nodes, fewest_nodes
 from megakd.planning.recipe_inference import (
     evaluation_memory,
     evaluation_of_stage,
@@ -96,21 +96,18 @@ def plan_inference(recipe: Recipe, stage: InferenceStage, cluster: Cluster, node
         ModelError: a model's config.json is missing or not supported.
     """
     mean = lengths_of(recipe, (), lengths)
-    if nodes is not None:
-        check_nodes(recipe, [stage], nodes, ranks_per_node)
-        plan = _planned(recipe, stage, cluster, nodes, ranks_per_node, mean)
-        if plan.memory.total > room(cluster):
-            raise _does_not_fit(recipe, stage, cluster, plan, ranks_per_node, mean)
-        return plan
-    refusal: ConfigError | None = None
-    nodes = 1
-    while nodes <= MOST_NODES:
-        try:
-            return plan_inference(recipe, stage, cluster, nodes, ranks_per_node, mean)
-        except ConfigError as error:
-            refusal = refusal or error
-        nodes *= 2
-    raise refusal
+
+    def planned(count: int) -> InferencePlan:
+        return _planned(recipe, stage, cluster, count, ranks_per_node, mean)
+
+    if nodes is None:
+        nodes = fewest_nodes(recipe, stage, ranks_per_node, MOST_NODES,
+                             lambda count: planned(count).memory.total <= room(cluster))
+    check_nodes(recipe, [stage], nodes, ranks_per_node)
+    plan = planned(nodes)
+    if plan.memory.total > room(cluster):
+        raise _does_not_fit(recipe, stage, cluster, plan, ranks_per_node, mean)
+    return plan
 
 
 def _planned(recipe: Recipe, stage: InferenceStage, cluster: Cluster, nodes: int, ranks_per_node: int,

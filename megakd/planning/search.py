@@ -22,7 +22,7 @@ from megakd.config_checks import batch_multiple, check_parallel
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, padded_kv_heads
-from megakd.planning.candidate import Candidate, Scoring, room, settings_of
+from megakd.planning.candidate import Candidate, ScoredBeforehand, room, settings_of
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory import training_memory
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
@@ -168,7 +168,7 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
                        beside(fronts), {})
     if BEFORE in limits.placements and options and question.signal is not None:
         quickest = {role: min(each, key=lambda option: option.forward) for role, each in options.items()}
-        scoring = {role: Scoring(option.role, option.forward, question.signal_bytes(role))
+        scoring = {role: ScoredBeforehand(option.role, option.forward, question.signal_bytes(role))
                    for role, option in quickest.items()}
         found += _best(question, cluster, limits, _student_options(question, cluster, students, {}), [Teachers()],
                        scoring)
@@ -181,7 +181,7 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
 
 
 def _best(question: Question, cluster: Cluster, limits: Limits, students: Sequence[Option],
-          teachers: Sequence[Teachers], scoring: Mapping[str, Scoring]) -> list[Candidate]:
+          teachers: Sequence[Teachers], scoring: Mapping[str, ScoredBeforehand]) -> list[Candidate]:
     """The best combinations of one placement, and one more to compare with."""
     groups: dict[tuple[int, int, int], list[tuple[float, RoleSetup, Teachers]]] = {}
     for student in students:
