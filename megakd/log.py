@@ -65,6 +65,8 @@ class RunLog:
         self.first_step, self.stream = first_step, stream if stream is not None else sys.stderr
         self.active, self.progress = rank == 0, progress and rank == 0
         self.tensorboard, self.wandb_project = tensorboard, wandb_project
+        self.seconds_before = 0.0
+        """That the steps before `first_step` took, in earlier starts; on rank 0."""
 
     def __enter__(self) -> Self:
         self._closing = contextlib.ExitStack()
@@ -74,7 +76,8 @@ class RunLog:
             return self
         with contextlib.ExitStack() as opened:  # closes what is open if a later one fails
             self.folder.mkdir(parents=True, exist_ok=True)
-            cut_metrics(self.folder / METRICS, self.first_step)
+            kept = cut_metrics(self.folder / METRICS, self.first_step)
+            self.seconds_before = sum(line["seconds"] for line in kept)
             self._file = opened.enter_context((self.folder / METRICS).open("a", encoding="utf-8"))
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -178,13 +181,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return lines
 
 
-def cut_metrics(path: Path | str, first_step: int) -> None:
-    """Removes the lines of `first_step` and later ones, and a half-written last line, from a `metrics.jsonl`."""
+def cut_metrics(path: Path | str, first_step: int) -> list[dict[str, Any]]:
+    """Removes the lines of `first_step` and later ones, and a half-written last line, from a `metrics.jsonl`; returns
+    the others."""
     path = Path(path)
     if not path.exists():
-        return
-    kept = b"".join(json.dumps(line).encode() + b"\n" for line in read_metrics(path) if line["step"] < first_step)
-    if kept == path.read_bytes():
-        return
-    with atomic_writer(path) as stream:
-        stream.write(kept)
+        return []
+    lines = [line for line in read_metrics(path) if line["step"] < first_step]
+    kept = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if kept != path.read_bytes():
+        with atomic_writer(path) as stream:
+            stream.write(kept)
+    return lines

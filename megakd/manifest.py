@@ -106,7 +106,7 @@ class Manifest:
     """UTC, ISO 8601."""
     finished: str
     seconds: float
-    """Time that it took, over all its resumed parts."""
+    """Time that it took: of the start that finished it, and of the training steps that earlier starts had saved."""
     tokens: int
     """Tokens that it trained on, scored or made."""
     metrics: dict[str, Any]

@@ -82,7 +82,7 @@ def _run_or_skip(run: Run, stage: AnyStage) -> None:
     dist.barrier(group=dist.group.WORLD)
     result = run_stage(run, stage, fingerprint)
     if run.is_root:
-        seconds = time.perf_counter() - clock
+        seconds = result.seconds_before + time.perf_counter() - clock
         Manifest(
             stage=stage.name, kind=stage.kind, fingerprint=fingerprint, inputs=plan["inputs"], config=config,
             versions=versions(), layout={role: _sizes(run, role) for role in roles_of(stage)},

@@ -51,6 +51,8 @@ class StageResult:
 
     tokens: int = 0
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    seconds_before: float = 0.0
+    """Time of what earlier starts did and this one went on from; on rank 0."""
 
 
 def run_stage(run: Run, stage: AnyStage, fingerprint: str) -> StageResult:
@@ -82,7 +84,7 @@ def _train(run: Run, stage: TrainStage, fingerprint: str) -> StageResult:
     if run.is_root:
         # The model is written; its training state is of no more use.
         shutil.rmtree(run.folder(stage.name) / "checkpoints", ignore_errors=True)
-    return StageResult(result.tokens, result.metrics)
+    return StageResult(result.tokens, result.metrics, result.seconds_before)
 
 
 def _generate(run: Run, stage: GenerateStage) -> StageResult:

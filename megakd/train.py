@@ -42,6 +42,8 @@ class TrainResult:
     """Of the last step."""
     tokens: int
     """Tokens that the student has worked through, prompts included."""
+    seconds_before: float
+    """Time of the steps that earlier starts of the stage took; on rank 0."""
 
 
 class Training:
@@ -143,7 +145,7 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
             if (number + 1) % stage.checkpoint_every == 0 and number + 1 < training.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
     run.export(training.model, stage.init, stage.save_as, "float32")
-    return TrainResult(metrics, trainer.tokens)
+    return TrainResult(metrics, trainer.tokens, log.seconds_before)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.interruption import INTERRUPTED
+from megakd.log import METRICS, read_metrics
 from tests.recipes import run_in_pool, stage, tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,9 @@ def test_killed_in_the_middle_of_each_stage(finished, tmp_path):
         undisturbed = weights(Path(raw["output"]), name)
         for tensor, values in weights(folder, name).items():
             assert torch.equal(values, undisturbed[tensor]), f"{name}: {tensor}"
+    for name in TRAINED:  # one that went on from a checkpoint counts what earlier starts did
+        manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
+        assert manifest["seconds"] > sum(step["seconds"] for step in read_metrics(begun.parent / name / METRICS))
     assert "already done" in output
     assert not list(folder.rglob("*partial*"))
     assert json.loads((folder / "summary.json").read_text()) == json.loads(

@@ -66,6 +66,9 @@ def test_a_resume_cuts_what_comes_again(tmp_path, clock):
         _run(tmp_path, range(10), clock, stop=6)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # killed in the middle of a write
+    seconds = sum(line["seconds"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] < 4)
+    with RunLog(tmp_path, rank=0, total_steps=10, stage="x", progress=False, first_step=4) as log:
+        assert log.seconds_before == seconds > 0
     path = _run(tmp_path, range(4, 10), clock, first_step=4)
     assert [line["step"] for line in read_metrics(path)] == list(range(10))
     _run(tmp_path, range(2), clock)  # from the beginning: nothing of the old one stays
