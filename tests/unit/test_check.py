@@ -476,8 +476,8 @@ def test_sizes_that_fp8_products_cannot_take(raw, tmp_path):
     # 48 wide, 3 groups of 2 query heads of 8, an MLP of 96: the student on 2 tensor ranks, a padded group among them.
     check_recipe(parse(raw | {"precision": EMULATED | {"fp8_recipe": "blockwise"}}), WORLD)
     assert refused(raw | {"precision": EMULATED | {"fp8_recipe": "mxfp8"}}, tmp_path, ConfigError) == (
-        "precision.fp8_recipe = 'mxfp8': the reference's hidden_size = 48 on a tensor rank (of 1) is no multiple of 32, "
-        "which its products need. Use another fp8_recipe or precision: bf16")
+        "precision.fp8_recipe = 'mxfp8': the reference's hidden_size = 48 on a tensor rank (of 1) is no multiple of "
+        "32, which its products need. Use another fp8_recipe or precision: bf16")
     sizes = Architecture.read(Path(raw["student"]["model"]))
     check_precision.check_sizes(sizes, Parallel(tensor=2), Precision(), "student")
     for changed, rule in (({"head_dim": 6}, "4 query heads x head_dim 6 = 24 on a tensor rank (of 2)"),
