@@ -22,7 +22,7 @@ from megakd.mcore.fp8_emulation import (
     scale_from,
     whole,
 )
-from megakd.mcore.fp8_layers import amax_states, fill_rows
+from megakd.mcore.fp8_layers import amax_states
 from megakd.mcore.model import unwrap
 from tests.mcore.cases import Distillation, Job, assemble, build, world
 from tests.mcore.tiny import make_groups, make_llama
@@ -260,22 +260,3 @@ def test_layers_at_both_ends_can_stay_bf16(directory):
     precision = emulated("tensorwise", first_last_bf16=1)
     assert run_ranks(1, makes_of_linears, directory, precision, 1) == [[plain, rounding, rounding, plain]]
     assert run_ranks(2, makes_of_linears, directory, precision, 2) == [[plain, rounding], [rounding, plain]]
-
-
-def test_rows_are_filled_up_in_passes_without_gradients_and_taken_away_again():
-    class Linear(torch.nn.Linear):
-        rows: list[torch.Size] = []
-
-        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-            self.rows.append(hidden.shape)
-            return super().forward(hidden), None
-
-    plain, filled = Linear(5, 3), Linear(5, 3)
-    filled.load_state_dict(plain.state_dict())
-    fill_rows(filled, 16)
-    with torch.no_grad():
-        for shape in ((1, 9, 5), (4, 8, 5), (3, 7, 5)):
-            hidden = torch.randn(shape)
-            assert torch.allclose(filled(hidden)[0], plain(hidden)[0], atol=1e-6)
-    filled(torch.randn(3, 1, 5))
-    assert filled.rows[::2][:3] == [(16, 1, 5), (4, 8, 5), (32, 1, 5)] and filled.rows[-1] == (3, 1, 5)
