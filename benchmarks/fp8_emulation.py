@@ -127,9 +127,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--answer", default="chosen", choices=("chosen", "reference"), help="field that is learned")
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--lr", type=float, default=2e-5)
-    made.add_argument("--global-batch", type=int, default=4, help="rows a step: about 250 tokens of "
+    made.add_argument("--global-batch", type=int, default=3, help="rows a step: about 250 tokens of "
                       "examples/data/instructions.jsonl")
-    made.add_argument("--micro-batch", type=int, default=2)
+    made.add_argument("--micro-batch", type=int, default=3, help="weights are rounded for "
+                      "each micro-batch, which is most of the time")
     made.add_argument("--max-length", type=int, default=192)
     made.add_argument("--tensor", type=int, nargs="+", default=[1, 2])
     made.add_argument("--only", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))

@@ -68,9 +68,16 @@ class Trainer:
 
     def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's slice (`slice_of`) of the parameter's `STATES`, to read or to copy into."""
-        owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
-        tensors = owner._get_main_param_and_optimizer_states(parameter)
+        tensors = self._tensors_of(parameter)
         return {name: tensors[name] for name in STATES}
+
+    def _master_of(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's slice of the master weight, which there is before the first step, too."""
+        return self._tensors_of(parameter)["param"]
+
+    def _tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
+        return owner._get_main_param_and_optimizer_states(parameter)
 
     def whole_parameters(self) -> list[dict[str, Tensor]]:
         """Each chunk's parameters as they are to be written: those held in FP8 from their master weights, in the
@@ -83,8 +90,7 @@ class Trainer:
             whole: dict[str, Tensor] = dict(self.model.parameters_of(chunk))
             for name, parameter in whole.items():
                 if is_float8tensor(parameter):
-                    whole[name] = self._whole(parameter, lambda owner: self.states_of(owner)["param"]).to(
-                        "cpu", self.model.dtype)
+                    whole[name] = self._whole(parameter, self._master_of).to("cpu", self.model.dtype)
             chunks.append(whole)
         return chunks
 
