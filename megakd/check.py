@@ -6,7 +6,6 @@ a process group. It reads configurations, tokenizers and data, no weights.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from megakd.batch import Kind
+from megakd.check_precision import check_backend, check_sizes
 from megakd.check_signals import check_lists, signals_bytes
 from megakd.config import Recipe
 from megakd.config_base import MODEL_OF_RUN
@@ -56,42 +56,6 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Seq
     check_rows(recipe)
     check_evaluation(recipe, tokenizer_of(recipe))
     check_room(recipe)
-
-
-def check_backend(recipe: Recipe) -> None:
-    """Refuses a device or precision that this machine does not have."""
-    if recipe.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`"
-            )
-        if importlib.util.find_spec("transformer_engine") is None:
-            raise ConfigError(
-                "device",
-                "cuda",
-                "the layers on CUDA are Transformer Engine's, which is not installed",
-                "Install megakd[gpu], or write device: cpu",
-            )
-    if recipe.precision.dtype == "fp8":
-        import torch
-
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 9):
-            raise ConfigError(
-                "precision.dtype",
-                "fp8",
-                f"this GPU has compute capability {capability[0]}.{capability[1]}; FP8 needs 8.9 (Ada) or later",
-                "Write precision: bf16",
-            )
-        if recipe.precision.fp8_recipe == "mxfp8" and capability < (10, 0):
-            raise ConfigError(
-                "precision.fp8_recipe",
-                "mxfp8",
-                "needs Blackwell (compute capability 10.0)",
-                "Write tensorwise or blockwise",
-            )
 
 
 def check_output(recipe: Recipe) -> None:
@@ -186,6 +150,7 @@ def check_models(recipe: Recipe) -> None:
             check_weights(directory, architectures[directory])
         architecture, cut = architectures[directory], recipe.role(role).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, role)
+        check_sizes(architecture, cut, recipe.precision, role)
         name, length = longest_of(recipe, field)
         if length > architecture.max_positions:
             raise ConfigError(

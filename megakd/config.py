@@ -58,10 +58,31 @@ class Role(Section):
 
 
 class Precision(Section):
-    """Arithmetic of the model's layers; losses and optimizer states are float32."""
+    """Arithmetic of the model's layers; losses and optimizer states are float32. What the settings mean and what they
+    need: docs/precision.md."""
 
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Of activations and parameters; with fp8 they are bf16, and the layers' products take FP8 operands."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 operands are scaled. `delayed` is for the model that trains: its history comes from training steps, so
+    models that only run forward are scaled tensorwise."""
+    amax_history: int = Field(1024, ge=1)
+    """Micro-batches whose largest number scales an operand (`delayed`)."""
+    emulate: bool = False
+    """FP8 arithmetic by rounding the operands, with the local layers on any device: to study recipes, not for speed."""
+    first_last_bf16: int = Field(0, ge=0)
+    """Layers at each end of the model that stay in bf16."""
+    fp8_weights: Literal["none", "teachers", "all"] = "none"
+    """Whose layers' weights are held in FP8 alone: no model's; those of models that only run forward; the trained
+    model's too, whose masters stay in float32."""
+
+    def holds_fp8_weights(self, *, trained: bool) -> bool:
+        """Whether a model that is trained, or one that only runs forward, has its layers' weights in FP8."""
+        return self.fp8_weights == "all" or self.fp8_weights == "teachers" and not trained
+
+    def scaling_of(self, *, trained: bool) -> str:
+        """The `fp8_recipe` of a model that is trained, or of one that only runs forward."""
+        return self.fp8_recipe if trained or self.fp8_recipe != "delayed" else "tensorwise"
 
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megakd.config_base import MODEL_OF_RUN
 from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage
+from megakd.config_precision import check_precision
 from megakd.config_signal_checks import check_names_stage, check_score_stage, check_signals
 from megakd.config_stages import AnyStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
@@ -133,7 +134,9 @@ def check_stages(recipe: Recipe) -> None:
         if model.startswith(MODEL_OF_RUN) and model.removeprefix(MODEL_OF_RUN) not in saved:
             raise ConfigError(f"{role}.model", model, "no stage saves a model under this name",
                               f"Stages save: {', '.join(sorted(saved)) or 'none'}")
-    _check_precision(recipe)
+    check_precision(recipe)
+    for role in ("student", "teacher", "reference"):
+        check_parallel(role, recipe.role(role).parallel)
 
 
 def _models_of(recipe: Recipe, stage: AnyStage) -> list[tuple[str, str]]:
@@ -289,16 +292,6 @@ def _check_eval_stage(stage: EvalStage) -> None:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"stages.{stage.name}.sampling.seeds", list(seeds), "the same seed gives the same answers",
                           "Name each seed once")
-
-
-def _check_precision(recipe: Recipe) -> None:
-    if recipe.precision.dtype == "fp8" and recipe.device != "cuda":
-        raise ConfigError(
-            "precision.dtype", "fp8", "FP8 layers need Transformer Engine and a CUDA device (device is "
-            f"{recipe.device!r})", "Write precision: bf16 or fp32, or device: cuda on a machine that has both",
-        )
-    for name in ("student", "teacher", "reference"):
-        check_parallel(name, recipe.role(name).parallel)
 
 
 def check_parallel(name: str, parallel: Parallel) -> None:

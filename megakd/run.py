@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megakd.batch import Batch, Kind, Step
 from megakd.check import tokenizer_of
@@ -73,13 +75,16 @@ class Run:
             self._grids[layout] = make_grid(layout)
         return self._grids[layout]
 
-    def load_model(self, role: str, model: str) -> Model:
-        """A model in a role's layout, filled from its directory."""
-        path = self.recipe.path_of_model(model)
+    def load_model(self, role: str, model: str, use: Literal["forward", "training", "copy"] = "forward") -> Model:
+        """A model in a role's layout, filled from its directory: to run it forward, to train it, or only to write it
+        elsewhere, which FP8 must not round."""
+        path, precision = self.recipe.path_of_model(model), self.recipe.precision
         settings: Role = self.recipe.role(role)
+        if use == "copy":
+            precision = precision.model_copy(update={"fp8_weights": "none"})
         return build_model(
-            path, Architecture.read(path), settings.parallel, settings.recompute, self.recipe.precision,
-            self.grid(role), self.world.device,
+            path, Architecture.read(path), settings.parallel, settings.recompute, precision,
+            self.grid(role), self.world.device, trained=use == "training",
         )
 
     def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
@@ -105,18 +110,18 @@ class Run:
             table[model.grid.at.data], pad_id=pad_id, padding=model.padding, device=self.world.device
         )
 
-    def export(self, model: Model, source: str, save_as: str, dtype: str) -> Path:
-        """Writes a model as `models/<save_as>`, with the tokenizer and settings of the model `source`.
+    def export(self, model: Model, parameters: list[dict[str, Tensor]], source: str, save_as: str, dtype: str) -> Path:
+        """Writes a model, whose chunks have these parameters, as `models/<save_as>`, with the tokenizer and settings
+        of the model `source`.
 
         Collective over the world.
         """
         directory = self.recipe.output / "models" / save_as
-        chunks = range(len(model.chunks))
         export_model(
             ExportTarget(directory, self.recipe.path_of_model(source), EXPORT_DTYPES[dtype]),
             model.architecture,
             model.shards,
-            [model.parameters_of(chunk) for chunk in chunks],
+            parameters,
             layout=model.grid.layout,
             at=model.grid.at,
             tp_group=model.grid.groups.tp,

@@ -199,8 +199,9 @@ def _by_label(run: Run, stage: AnyStage, tokens: int, metrics: dict[str, dict[st
 
 def _export(run: Run, stage: ExportStage) -> StageResult:
     _remove_unfinished_model(run, stage.save_as)
-    model = freeze(run.load_model("student", stage.model))
-    directory = run.export(model, stage.model, stage.save_as, stage.dtype)
+    model = freeze(run.load_model("student", stage.model, "copy"))
+    parameters = [model.parameters_of(chunk) for chunk in range(len(model.chunks))]
+    directory = run.export(model, parameters, stage.model, stage.save_as, stage.dtype)
     return StageResult(0, {"path": str(directory)})
 
 

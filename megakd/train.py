@@ -54,7 +54,7 @@ class Training:
         self.objective = build_objective(stage.objective)
         requires, stored = self.objective.requires, generated_before(run, stage)
         groups = training_groups(run, requires, stored) if stage.online is None else ()
-        self.model = run.load_model(stage.trains, stage.init)
+        self.model = run.load_model(stage.trains, stage.init, "training")
         self.teachers = {
             role: load_role(run, stage, role, requires.teacher_kinds[role], groups, self.model.grid)
             for role in requires.teachers
@@ -144,7 +144,7 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
             log.step(number, metrics, tokens=step.all_tokens)
             if (number + 1) % stage.checkpoint_every == 0 and number + 1 < training.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
-    run.export(training.model, stage.init, stage.save_as, "float32")
+    run.export(training.model, trainer.whole_parameters(), stage.init, stage.save_as, "float32")
     return TrainResult(metrics, trainer.tokens, log.seconds_before)
 
 

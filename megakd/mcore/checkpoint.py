@@ -1,12 +1,14 @@
 """Training checkpoints that any layout can read: slices of parameters in safetensors files, no pickle.
 
 A checkpoint is a folder `step-<number>`. Each rank writes `rank-<rank>.safetensors`: its slices of the master weights
-and of Adam's moments (float32), as the distributed optimizer has cut them, and the states of its random generators.
+and of Adam's moments (float32), as the distributed optimizer has cut them, the states of its random generators, and,
+where FP8 is scaled by what earlier micro-batches had, those scales and histories.
 The file's header says which part of which parameter each slice is; that of a data group's first rank says it of the
 whole group. Rank 0 writes `checkpoint.json` with the step, the model's sizes, the layout and the facts. From these the
 table that imports and exports weights (`megakd.hf.pieces`) tells where a box of a Hugging Face tensor lies in the
 parameters of the ranks that wrote it; a parameter's moments have its shape. So a checkpoint can be read into any tensor
-x pipeline x data layout. In the layout that wrote it a rank reads its own file alone.
+x pipeline x data layout. In the layout that wrote it a rank reads its own file alone; in another the random generators
+and FP8's histories begin anew, which is said in the log.
 
 The folder is written beside its final name and renamed when all of it is on disk.
 """
@@ -14,6 +16,7 @@ The folder is written beside its final name and renamed when all of it is on dis
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -36,6 +39,8 @@ from megakd.hf.directory import open_tensors
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Piece, parameter_shapes, pieces, stage_shards
 from megakd.layout import Layout
+from megakd.mcore.fp8_layers import amax_states
+from megakd.mcore.model import unwrap
 from megakd.mcore.optimizer import Trainer
 
 INFORMATION = "checkpoint.json"
@@ -43,7 +48,10 @@ FORMAT = 3
 _PREFIX = "step-"
 _PARTIAL = "partial"
 _RANDOM = "random."
+_AMAXES = "amaxes."
 _REMEDY = "Remove the checkpoint to start the stage anew"
+
+logger = logging.getLogger("megakd")
 
 
 def latest(folder: Path) -> tuple[Path, int] | None:
@@ -75,6 +83,7 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
         partial.mkdir(parents=True)
     dist.barrier(group=world_group)
     tensors, slices = _random_states(), {}
+    tensors |= {name: values.to("cpu", copy=True) for name, values in _amax_states(trainer).items()}
     for chunk in range(len(trainer.model.chunks)):
         for name, parameter in trainer.model.parameters_of(chunk).items():
             if (owned := trainer.slice_of(parameter)) is not None:
@@ -111,8 +120,9 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
 def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: dist.ProcessGroup) -> int:
     """Reads a checkpoint into a trainer of any layout; returns the number of steps taken.
 
-    In the layout that wrote it everything continues bit for bit. Another layout keeps the random generators as they
-    are: their number and meaning follow the layout.
+    In the layout that wrote it everything continues bit for bit. Another layout keeps the random generators and the
+    histories of FP8's delayed scaling as they are, which a new trainer has at their beginning: their number and meaning
+    follow the layout.
 
     Collectives: an all-gather of parameters over the data group.
 
@@ -148,8 +158,13 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
     trainer.publish_parameters()
     trainer.set_schedule(step)
     trainer.tokens = information["tokens"]
+    amaxes = _amax_states(trainer)
     if writer == reader:
         _set_random_states(files.random_states(rank))
+        for name, values in amaxes.items():
+            values.copy_(files.needed(rank, name))
+    elif amaxes and rank == 0:
+        logger.warning("%s: was written in another layout: the histories of FP8's delayed scaling begin anew", path)
     return step
 
 
@@ -176,6 +191,13 @@ class Writer:
         if others:
             raise ModelError(f"{path}: is of another model: {', '.join(others)}. {_REMEDY}")
         return cls(architecture, Layout(**told["layout"]), told["virtual_pipeline"], told["spec"])
+
+
+def _amax_states(trainer: Trainer) -> dict[str, Tensor]:
+    """The states of FP8's delayed scaling on this rank by their names in its file; empty under other recipes."""
+    model = trainer.model
+    return {f"{_AMAXES}{chunk}.{name}": values for chunk, module in enumerate(model.chunks)
+            for name, values in amax_states(unwrap(module), model.config).items()}
 
 
 def _writer_of(trainer: Trainer) -> Writer:
@@ -242,6 +264,12 @@ class _Files:
     def tensor(self, rank: int, key: str) -> Tensor:
         """A tensor of a rank's file."""
         return self.of(rank).get_tensor(key)
+
+    def needed(self, rank: int, key: str) -> Tensor:
+        """`tensor`. Raises ModelError where the file lacks it."""
+        if key not in self.of(rank).keys():  # noqa: SIM118 (a file is no mapping)
+            raise ModelError(f"{self.path / _file_of(rank)}: lacks {key}. The checkpoint is damaged. {_REMEDY}")
+        return self.tensor(rank, key)
 
     def slices(self, rank: int) -> dict[str, list[int]]:
         """"<chunk>.<parameter>" -> first and end place of the slice that a rank has of it."""

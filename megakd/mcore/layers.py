@@ -6,6 +6,7 @@ sequences are one row: S is then their tokens together, and B is 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megakd.mcore.fp8_emulation import Emulation, RoundingColumnParallelLinear, RoundingRowParallelLinear
 from megakd.rollout.cache import KVCache
 
 
@@ -134,9 +136,24 @@ def packed_sequences(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
     return PackedSeqParams("sbhd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def local_block(layers: int) -> TransformerBlockSubmodules:
-    """The modules of a pipeline stage built from megatron-core's own linears: any device, no Transformer Engine."""
-    layer = ModuleSpec(
+def local_block(layers: int, emulations: Sequence[Emulation | None] | None = None) -> TransformerBlockSubmodules:
+    """The modules of a pipeline stage built from megatron-core's own linears: any device, no Transformer Engine.
+
+    Args:
+        layers: of the stage.
+        emulations: how each layer's linears round to FP8, or None for one that does not; None where none does.
+    """
+    specs = [_local_layer(emulation) for emulation in emulations or [None] * layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _local_layer(emulation: Emulation | None) -> ModuleSpec:
+    column: type | ModuleSpec = ColumnParallelLinear
+    row: type | ModuleSpec = RowParallelLinear
+    if emulation is not None:
+        column = ModuleSpec(module=RoundingColumnParallelLinear, params={"emulation": emulation})
+        row = ModuleSpec(module=RoundingRowParallelLinear, params={"emulation": emulation})
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -144,18 +161,15 @@ def local_block(layers: int) -> TransformerBlockSubmodules:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CachedAttention, linear_proj=RowParallelLinear
+                    linear_qkv=column, core_attention=CachedAttention, linear_proj=row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def transformer_engine_block(layers: int) -> TransformerBlockSubmodules:

@@ -7,13 +7,12 @@ row, the packed sequences of a micro-batch; in rollouts one for each sequence.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
@@ -26,12 +25,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megakd.batch import Padding
+from megakd.check_precision import FP8_MULTIPLES, rows_multiple
 from megakd.comm import broadcast_json
 from megakd.config import Parallel, Precision
 from megakd.errors import ConfigError, ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
 from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, stage_shards
+from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
+from megakd.mcore.fp8_layers import fill_rows_of, readable, share
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.rollout.cache import KVCache
@@ -42,7 +44,9 @@ RECOMPUTE = {
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+FP8_FORMATS = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+"""megatron-core's names of the formats that each recipe has by default in Transformer Engine: "hybrid" has gradients in
+E5M2."""
 
 
 class HiddenGPT(GPTModel):
@@ -76,6 +80,10 @@ class Model:
     config: TransformerConfig
     chunks: list[nn.Module]
     shards: list[Shard]
+    rows: int
+    """What the rows of a micro-batch are a multiple of."""
+    amaxes: AmaxHistories | None
+    """Of emulated delayed scaling."""
 
     @property
     def head_VH(self) -> Tensor | None:
@@ -92,10 +100,15 @@ class Model:
         """What its packed rows are filled up to: the tensor ranks share a row evenly under sequence parallelism, FP8
         multiplies whole blocks, and the interleaved schedule receives ahead of time, when it cannot ask for a
         micro-batch's own size."""
-        multiple = self.grid.layout.tensor if self.config.sequence_parallel else 1
-        if self.config.fp8 is not None:
-            multiple *= get_fp8_align_size(self.config.fp8_recipe)
-        return Padding(multiple, uniform=len(self.chunks) > 1)
+        return Padding(self.rows, uniform=len(self.chunks) > 1)
+
+    def weights_changed(self) -> None:
+        """Has layers that keep their weights rounded to FP8 round them anew. megatron-core's schedules say so to
+        Transformer Engine's in each step's first micro-batch; a rollout has no schedule."""
+        for chunk in self.chunks:
+            unwrap(chunk).set_is_first_microbatch()
+        if self.amaxes is not None:
+            self.amaxes.weights_changed()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,12 +132,12 @@ def unwrap(chunk: nn.Module) -> HiddenGPT:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: Parallel, recompute: str, precision: Precision, device: torch.device
+    architecture: Architecture, parallel: Parallel, recompute: str, precision: Precision, device: torch.device,
+    *, trained: bool = True,
 ) -> TransformerConfig:
     """megatron-core's configuration of an architecture under a layout, a choice of RECOMPUTE and a precision."""
     kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
     dtype = TORCH_DTYPES[precision.dtype]
-    fp8 = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8_recipe]} if precision.dtype == "fp8" else {}
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
@@ -168,8 +181,25 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],
-        **fp8,
+        **_fp8_options(precision, trained=trained),
     )
+
+
+def _fp8_options(precision: Precision, *, trained: bool) -> dict[str, object]:
+    """What megatron-core is told of FP8: nothing where it is emulated, as its own FP8 is Transformer Engine's."""
+    if precision.dtype != "fp8" or precision.emulate:
+        return {}
+    ends, scaling = precision.first_last_bf16, precision.scaling_of(trained=trained)
+    return {
+        "fp8": FP8_FORMATS[scaling],
+        "fp8_recipe": scaling,
+        "fp8_param": precision.holds_fp8_weights(trained=trained),
+        "fp8_amax_history_len": precision.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+    }
 
 
 def build_model(
@@ -180,11 +210,16 @@ def build_model(
     precision: Precision,
     grid: Grid,
     device: torch.device,
+    *,
+    trained: bool = True,
 ) -> Model:
     """Builds this rank's chunks of a model and fills them from a Hugging Face directory.
 
     The first replica's ranks read what they hold and the others get it from them, so that what is read of the file
     system does not grow with the number of replicas.
+
+    One that is not `trained` only runs forward: its FP8 scales have no history, and `precision.fp8_weights: teachers`
+    holds its weights in FP8.
 
     Collectives: a broadcast of each parameter over the data group, and one of what went wrong; megatron-core's own for
     tied embeddings.
@@ -192,9 +227,13 @@ def build_model(
     Raises:
         ModelError: the directory does not hold the model; on all ranks of a data group.
     """
-    config = transformer_config(architecture, parallel, recompute, precision, device)
-    # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
-    spec = "te" if device.type == "cuda" else "local"
+    config = transformer_config(architecture, parallel, recompute, precision, device, trained=trained)
+    spec = layer_spec(device.type, precision)
+    amaxes, emulation = None, None
+    if precision.emulate:
+        scaling = precision.scaling_of(trained=trained)
+        amaxes = AmaxHistories(precision.amax_history, grid.groups.tp_dp_cp) if scaling == "delayed" else None
+        emulation = Emulation(scaling, amaxes)
     shards = stage_shards(
         architecture,
         tensor_rank=grid.at.tensor,
@@ -206,36 +245,57 @@ def build_model(
     )
     chunks = []
     for virtual, shard in enumerate(shards):
-        block = transformer_engine_block(shard.layers) if spec == "te" else local_block(shard.layers)
-        chunk = HiddenGPT(
-            config=config,
-            transformer_layer_spec=block,
-            vocab_size=padded_vocab(architecture.vocab_size, parallel.tensor),
-            max_sequence_length=architecture.max_positions,
-            pre_process=shard.embedding,
-            post_process=shard.head,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,
-            rope_scaling=architecture.rope_scaling is not None,
-            rope_scaling_factor=architecture.rope_scaling.factor if architecture.rope_scaling else 1.0,
-            pg_collection=grid.groups,
-            vp_stage=virtual if parallel.virtual_pipeline > 1 else None,
-        ).to(device)
+        numbers = range(shard.first_layer, shard.first_layer + shard.layers)
+        roundings = [None if _stays_bf16(number, architecture, precision) else emulation for number in numbers]
+        block = transformer_engine_block(shard.layers) if spec == "te" else local_block(shard.layers, roundings)
+        # Weights that are made in FP8 without gradients have no second, transposed copy (TE, `reset_parameters`).
+        with nullcontext() if trained else torch.no_grad():
+            chunk = HiddenGPT(
+                config=config,
+                transformer_layer_spec=block,
+                vocab_size=padded_vocab(architecture.vocab_size, parallel.tensor),
+                max_sequence_length=architecture.max_positions,
+                pre_process=shard.embedding,
+                post_process=shard.head,
+                share_embeddings_and_output_weights=architecture.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=architecture.rope_theta,
+                rope_scaling=architecture.rope_scaling is not None,
+                rope_scaling_factor=architecture.rope_scaling.factor if architecture.rope_scaling else 1.0,
+                pg_collection=grid.groups,
+                vp_stage=virtual if parallel.virtual_pipeline > 1 else None,
+            ).to(device)
         for index, layer in enumerate(chunk.decoder.layers):
             attention_of(layer).cache_layer = virtual * shard.layers + index
+        if config.fp8 is not None:
+            fill_rows_of(chunk, FP8_MULTIPLES[config.fp8_recipe])
+        if amaxes is not None:
+            amaxes.follow(chunk.decoder)
         _mark_sharded(chunk)
         _fill(directory, architecture, shard, chunk, grid.groups.dp_cp)
         chunks.append(chunk)
-    return Model(architecture, grid, config, chunks, shards)
+    return Model(architecture, grid, config, chunks, shards, rows_multiple(precision, parallel), amaxes)
+
+
+def layer_spec(device: str, precision: Precision) -> str:
+    """The layers' modules: Transformer Engine's on CUDA (`check_backend` has refused a machine without them), but
+    the local ones where FP8 is emulated."""
+    return "te" if device == "cuda" and not precision.emulate else "local"
+
+
+def _stays_bf16(layer: int, architecture: Architecture, precision: Precision) -> bool:
+    """Whether a layer, counted over the whole model, is one of those at the ends that take no part in FP8."""
+    return not precision.first_last_bf16 <= layer < architecture.layers - precision.first_last_bf16
 
 
 def _fill(directory: Path, architecture: Architecture, shard: Shard, chunk: HiddenGPT,
           group: dist.ProcessGroup) -> None:
     parameters, problem = dict(chunk.named_parameters()), None
+    read = parameters
     if dist.get_rank(group) == 0:
+        read = readable(parameters)
         try:
-            load_parameters(directory, architecture, shard, parameters)
+            load_parameters(directory, architecture, shard, read)
         except ModelError as error:
             problem = str(error)
     device = next(iter(parameters.values())).device
@@ -243,8 +303,7 @@ def _fill(directory: Path, architecture: Architecture, shard: Shard, chunk: Hidd
     problem = broadcast_json(problem, 0, group, device)
     if problem is not None:
         raise ModelError(problem)
-    for parameter in parameters.values():
-        dist.broadcast(parameter.data, group=group, group_src=0)
+    share(parameters, read, group)
 
 
 def _mark_sharded(chunk: HiddenGPT) -> None:
@@ -311,7 +370,8 @@ class PipelineDecoder:
         return self.model.head_VH
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
-        """A cache for `slots` sequences of at most `max_length` tokens, and attaches it to every attention."""
+        """A cache for `slots` sequences of at most `max_length` tokens: the beginning of a rollout."""
+        self.model.weights_changed()
         config = self.model.config
         layers = sum(shard.layers for shard in self.model.shards)
         device = next(self.model.chunks[0].parameters()).device

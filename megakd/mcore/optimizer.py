@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,6 +34,7 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Clears the gradient buffers; called before each step."""
+        self.model.weights_changed()
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -65,9 +68,42 @@ class Trainer:
 
     def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's slice (`slice_of`) of the parameter's `STATES`, to read or to copy into."""
-        owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
-        tensors = owner._get_main_param_and_optimizer_states(parameter)
+        tensors = self._tensors_of(parameter)
         return {name: tensors[name] for name in STATES}
+
+    def _master_of(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's slice of the master weight, which there is before the first step, too."""
+        return self._tensors_of(parameter)["param"]
+
+    def _tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
+        return owner._get_main_param_and_optimizer_states(parameter)
+
+    def whole_parameters(self) -> list[dict[str, Tensor]]:
+        """Each chunk's parameters as they are to be written: those held in FP8 from their master weights, in the
+        activations' dtype and in host memory, as those of a model without FP8 weights would be.
+
+        Collectives: a SUM over the data group for each parameter that is held in FP8.
+        """
+        chunks = []
+        for chunk in range(len(self.model.chunks)):
+            whole: dict[str, Tensor] = dict(self.model.parameters_of(chunk))
+            for name, parameter in whole.items():
+                if is_float8tensor(parameter):
+                    whole[name] = self._whole(parameter, self._master_of).to("cpu", self.model.dtype)
+            chunks.append(whole)
+        return chunks
+
+    def _whole(self, parameter: nn.Parameter, slice_from: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """Something that each replica has of its own slice of a parameter, put together, float32.
+
+        Collectives: a SUM over the data group.
+        """
+        full = torch.zeros(parameter.numel(), device=parameter.device)
+        if (owned := self.slice_of(parameter)) is not None:
+            full[owned] = slice_from(parameter)
+        dist.all_reduce(full, group=self.model.grid.groups.dp_cp)
+        return full.view(parameter.shape)
 
     def gradient_boxes(self) -> list[tuple[Piece, Tensor]]:
         """This rank's pieces of the complete gradient, after a forward and backward and before `step`.
@@ -79,11 +115,7 @@ class Trainer:
             whole = {}
             for name, parameter in self.model.parameters_of(chunk).items():
                 # The distributed optimizer leaves each replica the sum for its own slice only.
-                full = torch.zeros_like(parameter.main_grad).view(-1)
-                if (owned := self.slice_of(parameter)) is not None:
-                    full[owned] = parameter.main_grad.view(-1)[owned]
-                dist.all_reduce(full, group=self.model.grid.groups.dp_cp)
-                whole[name] = full.view(parameter.shape)
+                whole[name] = self._whole(parameter, lambda owner: owner.main_grad.view(-1)[self.slice_of(owner)])
             boxes += [(piece, whole[piece.parameter].view(piece.local_view)[piece.local_index].reshape(piece.hf_size))
                       for piece in self.model.pieces_of(chunk) if piece.primary]
         return boxes
@@ -145,7 +177,8 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
         DistributedDataParallel(
             config=model.config,
             ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=True
+                grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=True,
+                fp8_param_gather=model.config.fp8_param,
             ),
             module=unwrap(chunk),
             disable_bucketing=index > 0,
@@ -162,6 +195,8 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
             optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip,
             bf16=model.dtype == torch.bfloat16, params_dtype=model.dtype, use_distributed_optimizer=True,
+            # Blocks of FP8 weights have no flat views: the optimizer goes about them in another way.
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8_param else None,
             # Changes no gradient, but only with a loss scale does megatron-core look for gradients that are not finite.
             loss_scale=1.0,
         ),

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from megakd.batch import Kind
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory import Memory, forward_bytes
+from megakd.planning.memory import Memory, forward_bytes, forward_weights
 from megakd.planning.setup import STATISTICS_BYTES, LossCall, RoleSetup, TrainingSetup
-from megakd.planning.sizes import head_columns, layer_widths, shard_parameters
+from megakd.planning.sizes import head_columns, layer_widths
 from megakd.planning.timing import (
     StepTime,
     attention_seconds,
@@ -142,9 +142,7 @@ def as_training(task: Generation | Scoring, micro_batch: MicroBatch) -> Training
 
 
 def _weights(task: Generation | Scoring, setup: TrainingSetup, pipeline_rank: int) -> dict[str, float]:
-    shards = task.role.shards(pipeline_rank, setup.spec)
-    parameters = sum(shard_parameters(task.role.architecture, shard) for shard in shards)
-    return {"weights": float(parameters * setup.parameter_bytes)}
+    return {"weights": forward_weights(setup, task.role, pipeline_rank)}
 
 
 # ---------------------------------------------------------------------------------------------------------- generating

@@ -11,11 +11,12 @@ Legend of the formulas: h hidden, q query heads x head size, k key heads x head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.hf.pieces import Shard
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
-from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
+from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, matrix_parameters, shard_parameters
 
 GATHERED = "gathered sequence's buffer"
 
@@ -54,11 +55,10 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
     trained = setup.trained
     shards = trained.shards(pipeline_rank, setup.spec)
     last = shards[-1].head
-    kept = _model_states(setup, sum(shard_parameters(trained.architecture, shard) for shard in shards))
+    kept = _model_states(setup, shards)
     for role, teacher in setup.teachers.items():
-        most = max(sum(shard_parameters(teacher.architecture, shard) for shard in teacher.shards(stage, setup.spec))
-                   for stage in range(teacher.parallel.pipeline))
-        kept[f"{role}: weights"] = most * setup.parameter_bytes
+        kept[f"{role}: weights"] = max(forward_weights(setup, teacher, stage)
+                                       for stage in range(teacher.parallel.pipeline))
     for role, architecture in setup.heads.items() if last else ():
         columns = head_columns(architecture, trained.parallel.tensor)
         kept[f"{role}: head for the loss"] = columns * architecture.hidden_size * setup.parameter_bytes
@@ -87,8 +87,20 @@ def _gather_buffer(setup: TrainingSetup) -> float:
     return tokens * setup.trained.architecture.hidden_size * setup.parameter_bytes
 
 
-def _model_states(setup: TrainingSetup, parameters: int) -> dict[str, float]:
+def forward_weights(setup: TrainingSetup, role: RoleSetup, pipeline_rank: int) -> float:
+    """Bytes of a model's weights that only runs forward: with FP8 products its matrices are kept in FP8, besides or in
+    place of bf16. Scales of blocks (MXFP8: 3 % of them) are left out."""
+    shards = role.shards(pipeline_rank, setup.spec)
+    whole = sum(shard_parameters(role.architecture, shard) for shard in shards) * setup.parameter_bytes
+    if setup.dtype != "fp8":
+        return float(whole)
+    matrices = matrix_parameters(role.architecture, shards)
+    return float(whole + matrices - (setup.parameter_bytes * matrices if role.fp8_weights else 0))
+
+
+def _model_states(setup: TrainingSetup, shards: Sequence[Shard]) -> dict[str, float]:
     """Weights, gradients and optimizer of the trained model (megatron-core's distributed optimizer)."""
+    parameters = sum(shard_parameters(setup.trained.architecture, shard) for shard in shards)
     replicas = setup.trained.layout.data * setup.trained.parallel.context
     # Adam's two moments; a master copy where the weights themselves are not float32.
     states = 2 * STATISTICS_BYTES + (0 if setup.dtype == "fp32" else STATISTICS_BYTES)
@@ -98,7 +110,10 @@ def _model_states(setup: TrainingSetup, parameters: int) -> dict[str, float]:
         "optimizer": parameters * states / replicas,
     }
     if setup.dtype == "fp8":
-        kept["weights in fp8"] = 2.0 * parameters  # as they are and transposed, kept over a step's micro-batches
+        matrices = matrix_parameters(setup.trained.architecture, shards)
+        kept["weights in fp8"] = 2.0 * matrices  # as they are and transposed, kept over a step's micro-batches
+        if setup.trained.fp8_weights:
+            kept["weights"] -= matrices * setup.parameter_bytes
     return kept
 
 

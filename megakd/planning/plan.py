@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megakd.check_precision import check_sizes
 from megakd.config import Recipe
 from megakd.config_checks import answering_roles, roles_of
 from megakd.config_stages import ScoreStage, TrainStage
@@ -86,6 +87,9 @@ def plan_recipe(recipe: Recipe, cluster: Cluster, nodes: Mapping[str, int] | Non
             helps; lengths are neither given nor can be measured.
         ModelError: a model's config.json is missing or not supported.
     """
+    if recipe.precision.emulate:
+        raise ConfigError("precision.emulate", True, "an emulation is float32 arithmetic, of which a plan in FP8 says "
+                          "nothing", "Write false and device: cuda to plan for FP8 hardware")
     plans: list[TrainingPlan | InferencePlan] = []
     for stage in recipe.stages:
         if nodes is not None and stage.name not in nodes:
@@ -128,6 +132,7 @@ def check_models(recipe: Recipe, stage: TrainStage) -> None:
     for name, architecture in named.items():
         cut = recipe.role(name).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, name)
+        check_sizes(architecture, cut, recipe.precision, name)
 
 
 def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Candidate) -> ConfigError:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megakd.batch import Kind, Padding, Step
 from megakd.check import architecture_of
+from megakd.check_precision import rows_multiple
 from megakd.config import Recipe
 from megakd.config_checks import answering_roles
 from megakd.config_objectives import (
@@ -35,7 +36,7 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
     """
     assert (lengths is None) != (step is None), "one of the two says what a step holds"
     question = question_of_stage(recipe, stage, world, Lengths(0, 0) if lengths is None else lengths)
-    trained = role_setup(recipe, stage.trains, question.trained, world)
+    trained = role_setup(recipe, stage.trains, question.trained, world, trained=True)
     teachers = {role: role_setup(recipe, role, architecture, world)
                 for role, architecture in question.teachers.items() if role not in stage.signals.stages}
     scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
@@ -71,7 +72,7 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         losses=loss_calls(objective, requires), lengths=lengths, global_batch=stage.global_batch, world=world,
         chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
         signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
-        answering=answering_roles(stage),
+        answering=answering_roles(stage), precision=recipe.precision,
     )
 
 
@@ -86,22 +87,17 @@ def _answers(recipe: Recipe, stage: TrainStage, requires: Requires) -> tuple[Kin
     return tuple(kinds)
 
 
-def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int) -> RoleSetup:
-    """A model in a role's layout."""
+def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int, *,
+               trained: bool = False) -> RoleSetup:
+    """A model in a role's layout, that is trained or only runs forward."""
     settings = recipe.role(role)
-    return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute)
-
-
-FP8_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
-"""Rows that FP8 products come in, as megatron-core's `get_fp8_align_size` has them."""
+    return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute,
+                     recipe.precision.holds_fp8_weights(trained=trained))
 
 
 def padding_of(recipe: Recipe, setup: RoleSetup) -> Padding:
     """As `Model.padding`, without a model."""
-    multiple = setup.parallel.tensor if setup.parallel.sequence else 1
-    if recipe.precision.dtype == "fp8":
-        multiple *= FP8_ROWS[recipe.precision.fp8_recipe]
-    return Padding(multiple, uniform=setup.parallel.virtual_pipeline > 1)
+    return Padding(rows_multiple(recipe.precision, setup.parallel), uniform=setup.parallel.virtual_pipeline > 1)
 
 
 def loss_calls(objective: Objective, requires: Requires) -> tuple[LossCall, ...]:

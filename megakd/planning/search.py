@@ -17,7 +17,8 @@ from heapq import nsmallest
 from itertools import product, zip_longest
 
 from megakd.batch import Kind
-from megakd.config import Parallel
+from megakd.check_precision import check_sizes
+from megakd.config import Parallel, Precision
 from megakd.config_checks import batch_multiple, check_parallel
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
@@ -65,6 +66,8 @@ class Question:
     """The role whose settings the trained model has."""
     answering: tuple[str, ...] = ()
     """Roles that also answer in this stage, which rules out sequence parallelism."""
+    precision: Precision = Precision()
+    """Says whose weights are held in FP8."""
 
     def setup(self, trained: RoleSetup, teachers: Mapping[str, RoleSetup],
               stored: Mapping[str, str]) -> TrainingSetup:
@@ -233,14 +236,15 @@ def layouts(question: Question, cluster: Cluster, limits: Limits, name: str) -> 
             padded = padded_kv_heads(architecture.kv_heads, tensor) != architecture.kv_heads
             cut = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
                            sequence=sequence, pad_heads=padded)
-            if sequence and name in question.answering or not _is_taken(architecture, cut):
+            if sequence and name in question.answering or not _is_taken(architecture, cut, question.precision):
                 continue
             rounds = batch_multiple(cut, 1, world)
             if question.global_batch % rounds != 0:
                 continue
             for micro_batch in divisors(question.global_batch // rounds, limits.micro_batch):
                 for recompute in limits.recompute if trained else ("none",):
-                    yield RoleSetup(architecture, cut, world, micro_batch, recompute)
+                    yield RoleSetup(architecture, cut, world, micro_batch, recompute,
+                                    question.precision.holds_fp8_weights(trained=trained))
 
 
 def divisors(number: int, largest: int) -> list[int]:
@@ -248,11 +252,12 @@ def divisors(number: int, largest: int) -> list[int]:
     return [size for size in range(1, min(number, largest) + 1) if number % size == 0]
 
 
-def _is_taken(architecture: Architecture, cut: Parallel) -> bool:
+def _is_taken(architecture: Architecture, cut: Parallel, precision: Precision) -> bool:
     """Whether the engine takes a layout."""
     try:
         check_parallel("role", cut)
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, "role")
+        check_sizes(architecture, cut, precision, "role")
     except ConfigError:
         return False
     return True

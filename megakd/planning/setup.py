@@ -25,6 +25,8 @@ class RoleSetup:
     world: int
     micro_batch: int
     recompute: str = "none"
+    fp8_weights: bool = False
+    """Whether its layers' weights are held in FP8 alone."""
 
     @property
     def layout(self) -> Layout:

@@ -6,6 +6,7 @@ attention are counted, as everybody does who quotes a model's utilisation; norms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import lcm, prod
@@ -33,6 +34,12 @@ def shard_parameters(architecture: Architecture, shard: Shard) -> int:
     """Parameters that one model chunk of a rank holds, padding included."""
     ends, layer = _chunk_parameters(architecture, shard.tensor_size, shard.embedding, shard.head, shard.spec, 1)
     return ends + shard.layers * layer
+
+
+def matrix_parameters(architecture: Architecture, shards: Sequence[Shard]) -> int:
+    """Weights of the layers' products in a rank's chunks: those that FP8 is about. Layers that stay in bf16
+    (`first_last_bf16`) are counted as if they did not."""
+    return sum(shard.layers * layer_widths(architecture, shard.tensor_size).parameters for shard in shards)
 
 
 def buffer_numbers(architecture: Architecture, shard: Shard, replicas: int) -> int:

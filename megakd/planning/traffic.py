@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
-from megakd.planning.sizes import buffer_numbers, head_columns
+from megakd.planning.sizes import buffer_numbers, head_columns, matrix_parameters
 from megakd.planning.work import MicroBatch, RoleWork
 
 
@@ -140,9 +140,12 @@ def _gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:
     replicas = trained.layout.data * trained.parallel.context
     shards = trained.shards(pipeline_rank, setup.spec)
     numbers = sum(buffer_numbers(trained.architecture, shard, replicas) for shard in shards)
+    published = numbers * setup.parameter_bytes
+    if trained.fp8_weights:  # one byte of each
+        published -= matrix_parameters(trained.architecture, shards) * (setup.parameter_bytes - 1)
     calls = [
         Call("reduce_scatter", "data", replicas, numbers * STATISTICS_BYTES, 1, "gradients"),
-        Call("all_gather", "data", replicas, numbers * setup.parameter_bytes, 1, "parameters"),
+        Call("all_gather", "data", replicas, published, 1, "parameters"),
     ]
     stages = trained.parallel.pipeline
     if trained.architecture.tied_embeddings and stages > 1 and pipeline_rank in (0, stages - 1):

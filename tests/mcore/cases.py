@@ -47,13 +47,14 @@ def grid(tensor: int, pipeline: int) -> Grid:
     return made
 
 
-def build(directory: str, parallel: Parallel, precision: Precision = FP32, recompute: str = "none") -> Model:
+def build(directory: str, parallel: Parallel, precision: Precision = FP32, recompute: str = "none", *,
+          trained: bool = True) -> Model:
     """A model under a layout."""
     path = Path(directory)
     world()
     architecture = Architecture.read(path)
     grid_of_model = grid(parallel.tensor, parallel.pipeline)
-    return build_model(path, architecture, parallel, recompute, precision, grid_of_model, CPU)
+    return build_model(path, architecture, parallel, recompute, precision, grid_of_model, CPU, trained=trained)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Job:
         grid_of_student = self.student.grid
         self.teachers = {}
         for role in self.objective.requires.teachers:
-            model = freeze(build(case.directories[role], case.parallels[role], case.precision))
+            model = freeze(build(case.directories[role], case.parallels[role], case.precision, trained=False))
             head = None
             if grid_of_student.is_last_stage:
                 head = load_head(case.directories[role], model.architecture, grid_of_student.at.tensor,

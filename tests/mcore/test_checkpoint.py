@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,9 +18,12 @@ from megakd.batch import Kind
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import SftObjective
 from megakd.errors import ModelError
+from megakd.hf.directory import open_tensors
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import stage_shards
 from megakd.mcore import checkpoint
+from megakd.mcore.fp8_layers import amax_states
+from megakd.mcore.model import unwrap
 from megakd.planning.sizes import shard_parameters
 from tests.mcore.cases import Distillation, Job, assemble, world
 from tests.mcore.planning_cases import Collectives
@@ -40,11 +44,15 @@ def untied(tmp_path_factory) -> str:
     return str(make_llama(tmp_path_factory.mktemp("models") / "untied", seed=2, tied=False))
 
 
-def training(student: str, parallel: Parallel, dtype: str = "fp32") -> Distillation:
+PRECISIONS = {"fp32": Precision(), "bf16": Precision(dtype="bf16"),
+              "delayed": Precision(dtype="fp8", fp8_recipe="delayed", amax_history=6, emulate=True)}
+
+
+def training(student: str, parallel: Parallel, precision: str = "fp32") -> Distillation:
     """An SFT training of 5 steps, whose learning rate rises over 2."""
     return Distillation({"student": student}, {"student": parallel}, {"student": 2}, SftObjective(),
                         tuple(make_groups(24, (Kind.CHOSEN,))), global_batch=8, steps=STEPS, warmup=0.4,
-                        weight_decay=0.1, precision=Precision(dtype=dtype))
+                        weight_decay=0.1, precision=PRECISIONS[precision])
 
 
 def _draws() -> torch.Tensor:
@@ -103,9 +111,11 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("ranks, parallel, dtype", [
+@pytest.mark.parametrize("ranks, parallel, precision", [
     (1, Parallel(), "fp32"),
     (1, Parallel(), "bf16"),
+    (1, Parallel(), "delayed"),
+    (2, Parallel(tensor=2, pad_heads=True, sequence=True), "delayed"),
     (2, Parallel(tensor=2, pad_heads=True), "fp32"),
     (2, Parallel(pipeline=2), "fp32"),
     (2, Parallel(), "fp32"),
@@ -113,9 +123,10 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32"),
     (4, Parallel(tensor=2, pad_heads=True), "bf16"),
     (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32"),
-], ids=["1", "1 bf16", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 dp2 bf16", "pp2 vpp2 dp2"])
-def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, dtype):
-    results = run_ranks(ranks, _save_and_resume, training(tied, parallel, dtype), str(tmp_path))
+], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 dp2 bf16",
+        "pp2 vpp2 dp2"])
+def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, precision):
+    results = run_ranks(ranks, _save_and_resume, training(tied, parallel, precision), str(tmp_path))
     for rank, (same, _) in enumerate(results):
         assert all(same.values()), f"rank {rank}: {[name for name, equal in same.items() if not equal]}"
     assert len({draws for _, draws in results}) == ranks, "the ranks' generators do not differ: nothing is tested"
@@ -221,6 +232,42 @@ def _random_numbers_after_loading(case: Distillation, folder: str) -> bool:
 def test_another_layout_keeps_its_random_generators(tied, saved):
     # Of as many ranks: a rank's state belongs to its place in the layout, not to its number.
     assert all(run_ranks(4, _random_numbers_after_loading, training(tied, Parallel()), str(saved["tied"][0])))
+
+
+def _after_loading(case: Distillation, folder: str) -> tuple[set[float], list[str], str]:
+    """Scales after a delayed training's checkpoint was read into a new trainer, what is said of it, and what is said
+    where this rank's histories are missing."""
+    job, said, handler = Job(case), [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    checkpoint.logger.addHandler(handler)
+    path, _ = checkpoint.latest(Path(folder))
+    try:
+        checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD)
+    finally:
+        checkpoint.logger.removeHandler(handler)
+    states = amax_states(unwrap(job.student.chunks[0]), job.student.config)
+    scales = {scale for name, values in states.items() if name.endswith("scale_K") for scale in values.tolist()}
+    refused = ""
+    if world().size == 1:
+        file = path / "rank-00000.safetensors"
+        kept, header = load_file(file), open_tensors(file).metadata()
+        save_file({name: values for name, values in kept.items() if not name.startswith("amaxes.")}, file, header)
+        with pytest.raises(ModelError) as error:
+            checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD)
+        refused = str(error.value)
+    return scales, said, refused
+
+
+def test_delayed_scalings_histories_begin_anew_in_another_layout(tied, tmp_path):
+    folder = str(tmp_path)
+    run_ranks(1, _save, training(tied, Parallel(), "delayed"), folder)
+    results = run_ranks(2, _after_loading, training(tied, Parallel(), "delayed"), folder)
+    assert [scales for scales, _, _ in results] == [{1.0}, {1.0}]
+    [[message], nothing] = [said for _, said, _ in results]
+    assert "written in another layout: the histories of FP8's delayed scaling begin anew" in message and not nothing
+    [(scales, said, refused)] = run_ranks(1, _after_loading, training(tied, Parallel(), "delayed"), folder)
+    assert len(scales) > 10 and not said
+    assert "rank-00000.safetensors: lacks amaxes.0.decoder.layers.0." in refused and "Remove the checkpoint" in refused
 
 
 # ------------------------------------------------------------------------------------------------ what can go wrong

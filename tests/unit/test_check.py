@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -13,11 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakd import check, manifest
+from megakd import check, check_precision, manifest
 from megakd.check import check_recipe
 from megakd.check_signals import signals_bytes
-from megakd.config import Recipe, dump, parse
+from megakd.config import Parallel, Precision, Recipe, dump, parse
 from megakd.errors import ConfigError, DataError, MegakdError, ModelError
+from megakd.hf.families import Architecture
 from megakd.provenance import stage_config, stage_inputs
 from tests.recipes import CONTEXT, VOCABULARY, stage, tiny_recipe, tiny_rows, write_rows, write_tiny_model
 from tests.tiny_tokenizer import CHATML
@@ -447,18 +449,62 @@ def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, recipe, field",
+    "capability, recipe, cuda, field",
     [
-        ((8, 0), "tensorwise", "precision.dtype = 'fp8': this GPU has compute capability 8.0; FP8 needs 8.9"),
-        ((9, 0), "mxfp8", "precision.fp8_recipe = 'mxfp8': needs Blackwell"),
+        ((8, 0), "tensorwise", "13.0", "precision.dtype = 'fp8': this GPU has compute capability 8.0; FP8 needs 8.9"),
+        ((9, 0), "mxfp8", "13.0", "precision.fp8_recipe = 'mxfp8': needs Blackwell"),
+        ((12, 0), "mxfp8", "13.0", "precision.fp8_recipe = 'mxfp8': needs Blackwell (compute capability 10.0 or more, "
+                                   "below 12.0); this GPU has 12.0"),
+        ((8, 9), "blockwise", "13.0", "precision.fp8_recipe = 'blockwise': needs Hopper"),
+        ((9, 0), "blockwise", "12.6", "precision.fp8_recipe = 'blockwise': needs CUDA 12.9 or later; torch is built for"
+                                      " 12.6"),
     ],
 )
-def test_fp8_on_a_gpu_that_has_none(raw, tmp_path, monkeypatch, capability, recipe, field):
+def test_fp8_on_a_gpu_that_has_none(raw, tmp_path, monkeypatch, capability, recipe, cuda, field):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     asked = raw | {"device": "cuda", "precision": {"dtype": "fp8", "fp8_recipe": recipe}}
     assert refused(asked, tmp_path, ConfigError).startswith(field)
+
+
+EMULATED = {"dtype": "fp8", "emulate": True}
+
+
+def test_sizes_that_fp8_products_cannot_take(raw, tmp_path):
+    # 48 wide, 3 groups of 2 query heads of 8, an MLP of 96: the student on 2 tensor ranks, a padded group among them.
+    check_recipe(parse(raw | {"precision": EMULATED | {"fp8_recipe": "blockwise"}}), WORLD)
+    assert refused(raw | {"precision": EMULATED | {"fp8_recipe": "mxfp8"}}, tmp_path, ConfigError) == (
+        "precision.fp8_recipe = 'mxfp8': the reference's hidden_size = 48 on a tensor rank (of 1) is no multiple of "
+        "32, which its products need. Use another fp8_recipe or precision: bf16")
+    sizes = Architecture.read(Path(raw["student"]["model"]))
+    check_precision.check_sizes(sizes, Parallel(tensor=2), Precision(), "student")
+    for changed, rule in (({"head_dim": 6}, "4 query heads x head_dim 6 = 24 on a tensor rank (of 2)"),
+                          ({"heads": 12, "head_dim": 4}, ""),
+                          ({"ffn_size": 80}, "share of intermediate_size = 40 on a tensor rank (of 2)")):
+        cut = (dataclasses.replace(sizes, **changed), Parallel(tensor=2), Precision(dtype="fp8"), "student")
+        if not rule:
+            check_precision.check_sizes(*cut)
+            continue
+        with pytest.raises(ConfigError, match=re.escape(rule)) as caught:
+            check_precision.check_sizes(*cut)
+        assert caught.value.fix == "Use a smaller student.parallel.tensor or precision: bf16"
+    # 2 tensor ranks share rows under sequence parallelism, where a rank's own rows are cut into blocks.
+    cut = Parallel(tensor=2, sequence=True)
+    rows = {recipe: [check_precision.rows_multiple(Precision(dtype="fp8", fp8_recipe=recipe), parallel)
+                     for parallel in (Parallel(), cut)] for recipe in check_precision.FP8_MULTIPLES}
+    assert rows == {"tensorwise": [16, 32], "delayed": [16, 32], "blockwise": [16, 256], "mxfp8": [32, 64]}
+    assert check_precision.rows_multiple(Precision(**EMULATED), cut) == 2
+
+
+@pytest.mark.parametrize("ends, rule", [
+    (2, "layers none would be left in FP8. Use at most 1"),
+    (5, "layers, and megatron-core allows no more. Use at most"),
+])
+def test_more_layers_left_out_of_fp8_than_there_are(raw, tmp_path, ends, rule):
+    message = refused(raw | {"precision": EMULATED | {"first_last_bf16": ends}}, tmp_path, ConfigError)
+    assert message.startswith(f"precision.first_last_bf16 = {ends}: ") and rule in message
 
 
 def test_wandb_that_is_not_installed(raw, tmp_path, monkeypatch):

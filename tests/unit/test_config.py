@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megakd.config import dump, load, parse
+from megakd.config import Precision, dump, load, parse
 from megakd.config_checks import check_world
 from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError
@@ -36,6 +36,7 @@ stages:
   - {name: export, kind: export, model: "run:trained", save_as: student}
 """
 DELETE = object()
+EMULATED = {"dtype": "fp8", "emulate": True}
 
 
 @pytest.fixture
@@ -383,7 +384,21 @@ NONE_EARLIER = "Earlier stages save: none"
      "There are: none"),
     ("precision", "fp8", "precision.dtype",
      "FP8 layers need Transformer Engine and a CUDA device (device is 'cpu')",
-     "Write precision: bf16 or fp32, or device: cuda on a machine that has both"),
+     "Write precision: bf16 or fp32, or device: cuda on a machine that has both, or precision.emulate=true to study "
+     "FP8's arithmetic on any device"),
+    ("precision", {"dtype": "bf16", "fp8_recipe": "blockwise"}, "precision.fp8_recipe",
+     "is about FP8, and dtype is 'bf16'", "Leave it out, or write precision.dtype=fp8"),
+    ("precision", {"emulate": True}, "precision.emulate", "is about FP8, and dtype is 'fp32'",
+     "Leave it out, or write precision.dtype=fp8"),
+    ("precision", {"fp8_weights": "all"}, "precision.fp8_weights", "is about FP8, and dtype is 'fp32'",
+     "Leave it out, or write precision.dtype=fp8"),
+    ("precision", EMULATED | {"amax_history": 16}, "precision.amax_history",
+     "the recipe 'tensorwise' takes its scales from the numbers at hand",
+     "Leave it out, or write precision.fp8_recipe=delayed"),
+    ("precision", EMULATED | {"fp8_weights": "teachers"}, "precision.fp8_weights",
+     "emulated layers keep bf16 weights and round them in every product", "Write none"),
+    ("precision", EMULATED | {"fp8_recipe": "delayed", "first_last_bf16": 1}, "precision.first_last_bf16",
+     "delayed scaling takes all layers in one FP8 region (megatron-core)", "Write 0, or another fp8_recipe"),
     ("teacher.parallel.virtual_pipeline", 2, "teacher.parallel.virtual_pipeline", "interleaving needs pipeline > 1",
      "Raise teacher.parallel.pipeline or leave it out"),
     ("reference.parallel.sequence", True, "reference.parallel.sequence", "sequence parallelism needs tensor > 1",
@@ -393,6 +408,25 @@ NONE_EARLIER = "Earlier stages save: none"
 def test_settings_that_do_not_fit_together(setting, value, field, rule, fix):
     error = refused(changed(setting, value))
     assert (error.field, error.rule, error.fix) == (field, rule, fix)
+
+
+def test_fp8_settings_of_a_device_or_another_section():
+    raw = yaml.safe_load(RECIPE) | {"device": "cuda"}
+    error = refused(raw | {"precision": {"dtype": "fp8", "fp8_recipe": "mxfp8", "fp8_weights": "all"}})
+    assert (error.field, error.fix) == ("precision.fp8_weights", "Write teachers, or another fp8_recipe")
+    raw["student"]["recompute"] = "mlp"
+    error = refused(raw | {"precision": EMULATED | {"fp8_recipe": "delayed"}})
+    assert (error.field, error.value, error.fix) == ("student.recompute", "mlp", "Write none, or another fp8_recipe")
+    for precision in (EMULATED, {"dtype": "fp8", "fp8_recipe": "delayed", "amax_history": 16, "fp8_weights": "all"},
+                      {"dtype": "fp8", "fp8_recipe": "mxfp8", "fp8_weights": "teachers", "first_last_bf16": 2}):
+        recipe = parse(raw | {"precision": precision})
+        assert parse(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_what_a_role_has_of_the_precision():
+    precision = Precision(dtype="fp8", fp8_recipe="delayed", fp8_weights="teachers")
+    assert [precision.scaling_of(trained=trained) for trained in (True, False)] == ["delayed", "tensorwise"]
+    assert [precision.holds_fp8_weights(trained=trained) for trained in (True, False)] == [False, True]
 
 
 def test_an_evaluation_reads_the_teacher_too():

@@ -262,6 +262,8 @@ def test_where_no_layout_fits_more_nodes_are_asked_for(capsys, tmp_path):
      "device=cuda, or name another cluster"),
     (("--cluster", "a100", "precision=fp8", *GIVEN), "precision.dtype = 'fp8': A100 x 8 has no rate of fp8. Write one "
      "of fp32, bf16, or add"),
+    (("--cluster", "h100", "precision={dtype: fp8, emulate: true}", *GIVEN), "precision.emulate = True: an emulation "
+     "is float32 arithmetic, of which a plan in FP8 says nothing. Write false"),
     (("--cluster", "h100", "--nodes", "dkcd=1"), "--nodes = 'dkcd': the recipe has no such stage. There are: dckd, "),
     (("--cluster", "h100", "--nodes", "1", "teacher.parallel.pipeline=2", *GIVEN), "--nodes = 1: 1 x 8 = 8 ranks are "
      "fewer than one copy of the teacher takes in stage dckd: tensor 8 x pipeline 2 x context 1. Give it at least 2"),

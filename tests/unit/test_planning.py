@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megakd.batch import Group, Kind, Padding, Sample, Step
 from megakd.config import Parallel, parse
 from megakd.hf.families import Architecture
 from megakd.layout import Layout
+from megakd.planning.memory import training_memory
 from megakd.planning.recipe import setup_of_stage
-from megakd.planning.setup import LossCall, RoleSetup
+from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.sizes import (
     buffer_numbers,
     layer_flops,
@@ -18,6 +21,7 @@ from megakd.planning.sizes import (
     parameter_count,
     shard_parameters,
 )
+from megakd.planning.traffic import training_traffic
 from megakd.planning.work import Lengths, work_of_lengths, work_of_step
 from tests.planning_cases import LLAMA_8B, LLAMA_70B, LLAMA_405B, architecture
 from tests.recipes import stage, tiny_recipe
@@ -49,6 +53,33 @@ def test_the_ranks_hold_all_parameters_of_a_model(tensor, pipeline, virtual):
     padded = -128256 % (128 * tensor)
     norms = (2 * 80 + 1) * 8192
     assert sum(held) * tensor == parameter_count(LLAMA_70B) + (tensor - 1) * norms + 2 * padded * 8192
+
+
+def test_fp8_weights_take_a_byte_each():
+    # A layer of 8B: 4096 x (4096 + 2 x 1024 + 4096 + 3 x 14336) in its matrices, and two norms.
+    matrices = 32 * 4096 * (6144 + 4096 + 3 * 14336)
+    others = parameter_count(LLAMA_8B) - matrices
+    student, teacher = RoleSetup(LLAMA_8B, Parallel(), 4, 1), RoleSetup(LLAMA_8B, Parallel(), 4, 1)
+    work = work_of_lengths(Lengths(60, 40), (Kind.CHOSEN,), 8, {"student": student.layout, "teacher": teacher.layout},
+                           {"student": 1, "teacher": 1}, {"teacher": (Kind.CHOSEN,)})
+    losses = (LossCall(2, 5, (Kind.CHOSEN,), "forward"),)
+
+    def kept(dtype: str, own: bool, teachers: bool) -> tuple[dict[str, float], float]:
+        setup = TrainingSetup(replace(student, fp8_weights=own), {"teacher": replace(teacher, fp8_weights=teachers)},
+                              losses, work, 64, dtype, "cuda")
+        (published,) = (call.size_bytes for call in training_traffic(setup, 0) if call.purpose == "parameters")
+        return training_memory(setup, 0).kept, published
+
+    bf16, bf16_published = kept("bf16", False, False)
+    copied, copied_published = kept("fp8", False, False)
+    held, held_published = kept("fp8", True, True)
+    assert bf16["teacher: weights"] == bf16["weights"] == 2 * (matrices + others)
+    assert copied["teacher: weights"] == 3 * matrices + 2 * others
+    assert held["teacher: weights"] == kept("fp8", False, True)[0]["teacher: weights"] == matrices + 2 * others
+    assert (copied["weights"], copied["weights in fp8"]) == (2 * (matrices + others), 2 * matrices)
+    assert (held["weights"], held["weights in fp8"]) == (2 * others, 2 * matrices)
+    assert held["optimizer"] == copied["optimizer"] == bf16["optimizer"]
+    assert bf16_published == copied_published == held_published + matrices
 
 
 def test_gradients_are_reduced_in_a_buffer_with_gaps():

@@ -1,0 +1,114 @@
+"""Whether this machine and these models can do the arithmetic that a recipe asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megakd.config import Parallel, Precision, Recipe
+from megakd.errors import ConfigError
+from megakd.hf.families import Architecture
+from megakd.hf.pieces import padded_kv_heads
+
+FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
+"""What both sides of every FP8 product are multiples of, by recipe: megatron-core's `get_fp8_align_size`; TE's
+`assert_dim_for_fp8_exec` (utils.py) asks the same of the inner side. Blocks of 128 that a matrix does not fill are
+filled up by the kernels (`Float8BlockQuantizer.get_scale_shape` rounds up), so blockwise asks no more."""
+GATHERED_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+"""The same of the rows that a tensor rank has under sequence parallelism: blocks are made before rows are gathered
+(`assert_dim_for_all_gather`, `Float8BlockQuantizer.is_quantizable`)."""
+LEAST_CAPABILITY, LEAST_CUDA = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}, (12, 9)
+"""Compute capability that a recipe needs, and CUDA for blockwise (quantization.py, `check_recipe_support`)."""
+NO_MXFP8 = (12, 0)
+"""From this compute capability on Transformer Engine 2.11 has not all of MXFP8's products."""
+
+
+def check_backend(recipe: Recipe) -> None:
+    """Refuses a device or precision that this machine does not have. Raises ConfigError."""
+    if recipe.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch sees no CUDA device here",
+                          "Write device: cpu, or see `megakd doctor`")
+    if recipe.precision.emulate:
+        return  # the local layers' products, which any device can do
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError("device", "cuda", "the layers on CUDA are Transformer Engine's, which is not installed",
+                          "Install megakd[gpu], or write device: cpu")
+    if recipe.precision.dtype == "fp8":
+        _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+
+
+def _check_capability(recipe: str, capability: tuple[int, int], cuda: str | None) -> None:
+    found = f"{capability[0]}.{capability[1]}"
+    if capability < LEAST_CAPABILITY["tensorwise"]:
+        raise ConfigError("precision.dtype", "fp8", f"this GPU has compute capability {found}; FP8 needs 8.9 (Ada) or "
+                          "later", "Write precision: bf16")
+    if recipe == "mxfp8" and not LEAST_CAPABILITY["mxfp8"] <= capability < NO_MXFP8:
+        raise ConfigError("precision.fp8_recipe", "mxfp8", f"needs Blackwell (compute capability 10.0 or more, below "
+                          f"12.0); this GPU has {found}", "Write tensorwise or blockwise, or precision.emulate=true to "
+                          "study its arithmetic")
+    if recipe != "blockwise":
+        return
+    if capability < LEAST_CAPABILITY["blockwise"]:
+        raise ConfigError("precision.fp8_recipe", "blockwise", f"needs Hopper (compute capability 9.0) or later; this "
+                          f"GPU has {found}", "Write tensorwise")
+    if cuda is None or tuple(int(part) for part in cuda.split(".")[:2]) < LEAST_CUDA:
+        raise ConfigError("precision.fp8_recipe", "blockwise", f"needs CUDA 12.9 or later; torch is built for {cuda}",
+                          "Install such a torch, or write tensorwise")
+
+
+def rows_multiple(precision: Precision, parallel: Parallel) -> int:
+    """What the rows of a packed micro-batch are a multiple of. An emulation takes any number."""
+    ranks = parallel.tensor if parallel.sequence else 1
+    if precision.dtype != "fp8" or precision.emulate:
+        return ranks
+    return ranks * (GATHERED_ROWS if ranks > 1 else FP8_MULTIPLES)[precision.fp8_recipe]
+
+
+def check_sizes(architecture: Architecture, parallel: Parallel, precision: Precision, field: str) -> None:
+    """Refuses a model whose products FP8 kernels cannot take. An emulation asks the same: of products that no GPU
+    takes it would show nothing.
+
+    Args:
+        architecture: the model.
+        parallel: how it is cut.
+        precision: the recipe's.
+        field: name of the role's settings, such as `student`.
+
+    Raises:
+        ConfigError: a width on one tensor rank is no multiple of what the recipe asks, or no layer is left in FP8.
+    """
+    if precision.dtype != "fp8":
+        return
+    a, tensor = architecture, parallel.tensor
+    groups = padded_kv_heads(a.kv_heads, tensor) // tensor
+    heads = groups * a.heads_per_group
+    # Inner and outer sides of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
+    sides = {
+        "hidden_size": a.hidden_size,
+        f"{heads} query heads x head_dim {a.head_dim}": heads * a.head_dim,
+        f"{heads} + 2 x {groups} heads x head_dim {a.head_dim}": (heads + 2 * groups) * a.head_dim,
+        "share of intermediate_size": a.ffn_size // tensor,
+    }
+    multiple = FP8_MULTIPLES[precision.fp8_recipe]
+    for name, size in sides.items():
+        if size % multiple != 0:
+            rule = (f"the {field}'s {name} = {size} on a tensor rank (of {tensor}) is no multiple of {multiple}, which "
+                    "its products need")
+            fixes = ["another fp8_recipe"] * (size % 16 == 0) + [f"a smaller {field}.parallel.tensor"] * (tensor > 1)
+            raise ConfigError("precision.fp8_recipe", precision.fp8_recipe, rule,
+                              f"Use {' or '.join([*fixes, 'precision: bf16'])}")
+    _check_ends(a, parallel, precision, field)
+
+
+def _check_ends(architecture: Architecture, parallel: Parallel, precision: Precision, field: str) -> None:
+    most = architecture.layers // parallel.pipeline
+    if precision.first_last_bf16 > most:
+        raise ConfigError("precision.first_last_bf16", precision.first_last_bf16, f"the {field}'s pipeline stages have "
+                          f"{most} layers, and megatron-core allows no more", f"Use at most {most}")
+    if 2 * precision.first_last_bf16 >= architecture.layers:
+        raise ConfigError("precision.first_last_bf16", precision.first_last_bf16, f"of the {field}'s "
+                          f"{architecture.layers} layers none would be left in FP8",
+                          f"Use at most {(architecture.layers - 1) // 2}, or write precision: bf16")

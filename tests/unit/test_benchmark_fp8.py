@@ -1,0 +1,34 @@
+"""benchmarks/fp8_emulation.py: its recipes are good ones, its table compares what belongs together."""
+
+from __future__ import annotations
+
+from benchmarks import fp8_emulation
+from benchmarks.fp8_emulation import PRECISIONS, Case, recipe_of, table
+from megakd.config import parse
+
+
+def options(tmp_path, *more: str):
+    return fp8_emulation.parser().parse_args(
+        ["--model", str(tmp_path / "model"), "--data", "rows.jsonl", "--out", str(tmp_path / "out"), *more])
+
+
+def test_every_case_is_a_recipe_and_differs_from_the_others_in_precision_and_layout_alone(tmp_path):
+    recipes = {(precision, tensor): parse(recipe_of(Case(precision, tensor), options(tmp_path)))
+               for precision in PRECISIONS for tensor in (1, 2)}
+    assert len({recipe.output for recipe in recipes.values()}) == len(recipes) == 12
+    assert len({(recipe.data, recipe.stages, recipe.seed) for recipe in recipes.values()}) == 1
+    assert {name: recipe.precision.emulate for (name, _), recipe in recipes.items()} == {
+        name: name not in ("fp32", "bf16") for name in PRECISIONS}
+
+
+def test_the_table_compares_with_float32_of_the_same_layout(tmp_path):
+    def figures(tensor: int, losses: list[float]) -> dict:
+        return {"tensor": tensor, "loss": losses, "tokens": [250, 260]}
+
+    record = {"settings": {"steps": 2}, "machine": {"cpu": "a CPU"},
+              "runs": {"fp32-tp1": figures(1, [4.0, 2.0]), "fp32-tp2": figures(2, [4.0, 3.0]),
+                       "mxfp8-tp2": figures(2, [4.4, 2.8]), "mxfp8-tp4": figures(4, [4.4, 2.8])}}
+    lines = table(record).splitlines()
+    assert "| mxfp8-tp2 | 3.60000 | +2.86 % | +10.00 % | 255 |" in lines
+    assert "| mxfp8-tp4 | 3.60000 |  |  | 255 |" in lines
+    assert "| 1 | 2.00000 | 3.00000 | 2.80000 | 2.80000 |" in lines
