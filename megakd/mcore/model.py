@@ -31,7 +31,7 @@ from megakd.config import Parallel, Precision
 from megakd.errors import ConfigError, ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
-from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, stage_shards
+from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.rollout.cache import KVCache
@@ -193,8 +193,7 @@ def build_model(
         ModelError: the directory does not hold the model; on all ranks of a data group.
     """
     config = transformer_config(architecture, parallel, recompute, precision, device)
-    # `device: cuda` means the Transformer Engine layers; `mcore/precision` has refused a machine without them.
-    spec = "te" if device.type == "cuda" else "local"
+    spec = spec_of(device.type)
     shards = stage_shards(
         architecture,
         tensor_rank=grid.at.tensor,
@@ -251,6 +250,7 @@ def _mark_sharded(chunk: HiddenGPT) -> None:
     """Says of the weights that the tensor ranks share out that they do, as megatron-core's initialisation would have.
 
     The gradient's norm, by which it is clipped, counts every other parameter on the first tensor rank alone.
+    Transformer Engine's linears say so themselves.
     """
     for module in chunk.modules():
         # An output layer that is tied to an embedding in the same chunk has no weight of its own.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
-from megakd.hf.pieces import Shard, stage_shards
+from megakd.hf.pieces import Shard, spec_of, stage_shards
 from megakd.layout import Layout
 from megakd.planning.work import StepWork
 
@@ -85,7 +85,7 @@ class TrainingSetup:
     @property
     def spec(self) -> str:
         """Layer modules, as `build_model` chooses them."""
-        return "te" if self.device == "cuda" else "local"
+        return spec_of(self.device)
 
     @property
     def parameter_bytes(self) -> int:
