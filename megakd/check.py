@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from megakd import gpus
 from megakd.batch import Kind
 from megakd.check_signals import check_lists, signals_bytes
 from megakd.config import Recipe
@@ -47,7 +48,7 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Seq
         ConfigError, DataError, ModelError: the first thing that is wrong, with the field or file and line.
     """
     check_world(recipe, world, only)
-    check_backend(recipe)
+    check_backend(recipe, world)
     require_loggers(wandb=recipe.wandb, tensorboard=False)
     check_output(recipe)
     check_finished_stages(recipe, redo)
@@ -58,9 +59,10 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Seq
     check_room(recipe)
 
 
-def check_backend(recipe: Recipe) -> None:
-    """Refuses a device or precision that this machine does not have."""
+def check_backend(recipe: Recipe, world: int) -> None:
+    """Refuses a device or precision that this machine does not have, and more of `world` ranks than it has GPUs."""
     if recipe.device == "cuda":
+        gpus.order_kernels(os.environ)
         import torch
 
         if not torch.cuda.is_available():
@@ -92,6 +94,8 @@ def check_backend(recipe: Recipe) -> None:
                 "needs Blackwell (compute capability 10.0)",
                 "Write tensorwise or blockwise",
             )
+    if recipe.device == "cuda":
+        gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
 
 
 def check_output(recipe: Recipe) -> None:

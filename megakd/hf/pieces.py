@@ -36,9 +36,9 @@ NORMS = {
     "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
 }
-"""Layer spec -> a layer's two norms. Its other parameters, the embedding, the final norm and the head have the same names
-and shapes in both specs. Transformer Engine's modules have a state besides (`_extra_state`: FP8's scales and recipe,
-pickled), which is no parameter and belongs to none of the tensors that a model is read from or written to."""
+"""Layer spec -> a layer's two norms. Its other parameters, the embedding, the final norm and the head have the same
+names and shapes in both specs. Transformer Engine's modules have a state besides (`_extra_state`: FP8's scales and
+recipe, pickled), which is no parameter and belongs to none of the tensors that a model is read from or written to."""
 
 
 def spec_of(device: str) -> str:

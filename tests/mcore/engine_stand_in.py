@@ -1,9 +1,9 @@
 """Transformer Engine's modules as far as a model of ours has them, so that its layer spec is built and run on the CPU.
 
-megatron-core's own wrappers (megatron/core/extensions/transformer_engine.py) are imported anew on top of these classes,
-so what they ask of the library is really asked. Each class registers what version 2.11 does (the lines of its sources
-are named) and calculates the same in plain torch. Kernels, FP8 and overlaps with communication are not here; an argument
-that is not asked for today is refused.
+megatron-core's own wrappers (megatron/core/extensions/transformer_engine.py) are imported anew on top of these
+classes, so what they ask of the library is really asked. Each class registers what version 2.11 does (the lines of its
+sources are named) and calculates the same in plain torch. Kernels, FP8 and overlaps with communication are not here; an
+argument that is not asked for today is refused.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
 from tests.mcore.cases import Distillation, assemble, first_gradients, forward_calls
-from tests.mcore.tiny import VOCABULARY, make_groups, make_llama, make_qwen2
+from tests.mcore.tiny import make_groups, make_llama, make_qwen2
 from tests.ranks import run_ranks
 
 OBJECTIVES = {

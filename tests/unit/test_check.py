@@ -446,6 +446,16 @@ def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
     )
 
 
+def test_more_ranks_than_gpus(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "NCCL_MULTI_RANK_GPU_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    message = refused(raw | {"device": "cuda"}, tmp_path, ConfigError)
+    assert message.startswith("device = 'cuda': every rank takes a GPU of its own; here are 2 ranks, and torch sees 1 ")
+
+
 @pytest.mark.parametrize(
     "capability, recipe, field",
     [
