@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -85,7 +86,9 @@ class Model:
         chunk = unwrap(self.chunks[-1])
         # Not `shared_embedding_or_output_weight()`: on a chunk with an embedding that is the embedding, tied or not.
         tied_here = self.architecture.tied_embeddings and self.shards[-1].embedding
-        return chunk.embedding.word_embeddings.weight if tied_here else chunk.output_layer.weight
+        weight = chunk.embedding.word_embeddings.weight if tied_here else chunk.output_layer.weight
+        _finish_gather(self.chunks[-1], weight)
+        return weight
 
     @property
     def padding(self) -> Padding:
@@ -109,6 +112,13 @@ class Model:
     def pieces_of(self, chunk: int) -> list[Piece]:
         """Where the chunk's parameters lie in the Hugging Face tensors."""
         return pieces(self.architecture, self.shards[chunk])
+
+
+def _finish_gather(chunk: nn.Module, weight: nn.Parameter) -> None:
+    """Waits for an overlapped all-gather of a weight that is read outside its module's forward pass, which waits by
+    itself (megatron-core's hooks). Collective over the data group where that has not begun."""
+    if isinstance(chunk, DistributedDataParallel) and chunk.use_forward_hook:
+        chunk.param_to_bucket_group[weight].finish_param_sync()
 
 
 def unwrap(chunk: nn.Module) -> HiddenGPT:

@@ -15,7 +15,6 @@ from megakd.mcore import grid, runtime
 from tests.mcore.cases import CPU
 from tests.ranks import run_ranks
 
-
 TIMEOUT = timedelta(minutes=7)
 
 
