@@ -76,6 +76,9 @@ class TrainingSetup:
     device: str
     stored: Mapping[str, Architecture] = field(default_factory=dict)
     """Roles whose hidden states are read from disk: they run nowhere, but the loss has their heads."""
+    overlap: bool = True
+    """Gradients travel beside the backward pass, as far as the cluster's description says that they can. New
+    parameters are counted as if nothing hid them. Buffers are the same with and without."""
 
     @property
     def heads(self) -> dict[str, Architecture]:
