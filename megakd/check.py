@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Seq
         ConfigError, DataError, ModelError: the first thing that is wrong, with the field or file and line.
     """
     check_world(recipe, world, only)
-    check_backend(recipe)
+    check_backend(recipe, world)
     require_loggers(wandb=recipe.wandb, tensorboard=False)
     check_output(recipe)
     check_finished_stages(recipe, redo)

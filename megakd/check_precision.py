@@ -1,9 +1,11 @@
-"""Whether this machine and these models can do the arithmetic that a recipe asks for."""
+"""Whether this machine has the devices that a recipe asks for, and these and its models can do the arithmetic."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
+from megakd import gpus
 from megakd.config import Parallel, Precision, Recipe
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
@@ -22,15 +24,21 @@ NO_MXFP8 = (12, 0)
 """From this compute capability on Transformer Engine 2.11 has not all of MXFP8's products."""
 
 
-def check_backend(recipe: Recipe) -> None:
-    """Refuses a device or precision that this machine does not have. Raises ConfigError."""
+def check_backend(recipe: Recipe, world: int) -> None:
+    """Refuses a device or precision that this machine does not have, and more of `world` ranks than it has GPUs.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     if recipe.device != "cuda":
         return
+    gpus.order_kernels(os.environ)
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "torch sees no CUDA device here",
                           "Write device: cpu, or see `megakd doctor`")
+    gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
     if recipe.precision.emulate:
         return  # the local layers' products, which any device can do
     if importlib.util.find_spec("transformer_engine") is None:

@@ -122,6 +122,9 @@ class Recipe(Section):
     seed: int = Field(1234, ge=0, lt=2**32)
     processes: int = Field(1, ge=1)
     """Ranks that `megakd run` starts on this machine when no launcher (torchrun, srun) has started it."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """How long a rank waits for the others in a collective before the run fails. Longer than anything that some ranks
+    do alone: reading a large model from a slow file system, writing one, judging answers."""
     student: Role
     teacher: Role
     reference: Role

@@ -25,6 +25,9 @@ class Optimizer(Section):
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 clips nothing."""
+    overlap: bool | None = None
+    """Replicas exchange gradients during the backward pass and new parameters during the next forward pass. When left
+    out: on a GPU. Changes time, not results."""
 
 
 class OnlineAnswers(Section):

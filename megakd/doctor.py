@@ -190,7 +190,8 @@ def judge(machine: Machine) -> list[Check]:
     """The checks that follow from what was found. Pure."""
     return [
         _version_check("Python", machine.python, PYTHON, EVERYTHING, "Install Python 3.11 or newer"),
-        *_torch_checks(machine), *_megatron_checks(machine), _apex_check(machine), *_package_checks(machine),
+        *_torch_checks(machine), *_megatron_checks(machine), _apex_check(machine),
+        _adam_check(machine), *_package_checks(machine),
         *_resource_checks(machine),
     ]
 
@@ -264,6 +265,18 @@ def _apex_check(machine: Machine) -> Check:
         return Check("apex (NVIDIA)", package.version, True, (), "")
     found = f"{package.version}, an unrelated package: {package.summary!r}"
     return Check("apex (NVIDIA)", found, False, (), "pip uninstall apex; it has nothing to do with NVIDIA's")
+
+
+def _adam_check(machine: Machine) -> Check:
+    """Which Adam trainings get: megatron-core takes the first that it can import."""
+    engine = any(name in machine.packages for name in _TE_PACKAGES) and machine.transformer_engine_error is None
+    apex = machine.packages.get("apex")
+    if engine:
+        return Check("Adam", "Transformer Engine's FusedAdam", True, (), "")
+    if apex is not None and "apex/optimizers" in apex.folders:
+        return Check("Adam", "apex's FusedAdam", True, (), "")
+    fix = "the fused one of Transformer Engine comes with the extra gpu"
+    return Check("Adam", "torch's AdamW: no Transformer Engine and no apex of NVIDIA's", None, (), fix)
 
 
 def _package_checks(machine: Machine) -> list[Check]:

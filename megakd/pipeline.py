@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from megakd.config_checks import roles_of
 from megakd.config_stages import AnyStage
 from megakd.disk import write_text_atomic
 from megakd.errors import MegakdError
+from megakd.gpus import TRACES
 from megakd.manifest import Manifest, finished_stage, stage_fingerprint, versions
 from megakd.mcore import runtime
 from megakd.mcore.runtime import World
@@ -42,7 +43,8 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
         Interrupted: the run was asked to leave (megakd/interruption.py).
     """
     with interruption.heard():
-        world = runtime.start(recipe.device)
+        timeout = timedelta(minutes=recipe.timeout_minutes)
+        world = runtime.start(recipe.device, timeout=timeout, traces=recipe.output / TRACES)
         try:
             run_stages(recipe, world, only, redo)
         finally:

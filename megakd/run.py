@@ -72,7 +72,7 @@ class Run:
         """A role's process groups. Collective over the world at the first call for a layout."""
         layout = self.layout(role)
         if layout not in self._grids:
-            self._grids[layout] = make_grid(layout)
+            self._grids[layout] = make_grid(layout, self.world.timeout)
         return self._grids[layout]
 
     def load_model(self, role: str, model: str, use: Literal["forward", "training", "copy"] = "forward") -> Model:

@@ -70,6 +70,9 @@ class Training:
 
     def step_at(self, number: int) -> Step:
         """The groups of step `number` (from 0). Collective where answers are drawn."""
+        if self.stage.online is not None:
+            # Replicas answer prompts of their own, so not all of them run forward equally often.
+            self.trainer.gather_parameters()
         step = self.data.step_at(number)
         return step if self.texts is None else self.texts.beside(step, number)
 
@@ -144,6 +147,7 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
             log.step(number, metrics, tokens=step.all_tokens)
             if (number + 1) % stage.checkpoint_every == 0 and number + 1 < training.steps:
                 checkpoint.save(checkpoints, number + 1, trainer, facts, dist.group.WORLD)
+    trainer.gather_parameters()
     run.export(training.model, trainer.whole_parameters(), stage.init, stage.save_as, "float32")
     return TrainResult(metrics, trainer.tokens, log.seconds_before)
 

@@ -92,9 +92,6 @@ set_rendezvous() {
 set_network() {
     # Says which network NCCL has taken and why it fails; INFO for all of it.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # One hardware queue keeps kernels in the order of their launch, which megatron-core's overlap of communication and
-    # computation relies on (tensor and sequence parallelism).
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     # Left to NCCL and UCX, as a wrong value is worse than none. Set them in the submitting shell where your site says:
     #   NCCL_IB_HCA=mlx5_0,mlx5_1,...     InfiniBand adapters of the compute network, where storage has its own
     #   NCCL_SOCKET_IFNAME=ib0            interface of NCCL's start-up (and of all traffic without InfiniBand)

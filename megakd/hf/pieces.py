@@ -32,6 +32,21 @@ def padded_kv_heads(kv_heads: int, tensor_size: int) -> int:
     return -(-kv_heads // tensor_size) * tensor_size
 
 
+NORMS = {
+    "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
+    "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
+}
+"""Layer spec -> a layer's two norms. Its other parameters, the embedding, the final norm and the head have the same
+names and shapes in both specs. Transformer Engine's modules have a state besides (`_extra_state`: FP8's scales and
+recipe, pickled), which is no parameter and belongs to none of the tensors that a model is read from or written to."""
+
+
+def spec_of(device: str, *, emulated: bool) -> str:
+    """Layer spec on a device: Transformer Engine's on "cuda" (`check_backend` refuses a machine without it), but the
+    local one where FP8 is emulated."""
+    return "te" if device == "cuda" and not emulated else "local"
+
+
 @dataclass(frozen=True)
 class Shard:
     """Which part of a model one model chunk of one rank holds."""
@@ -45,7 +60,7 @@ class Shard:
     head: bool
     """The chunk ends with the final norm and the LM head (last pipeline stage)."""
     spec: str
-    """Layer spec: "local" or "te"; they name the norms differently."""
+    """Layer spec: "local" or "te" (`NORMS`)."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +213,7 @@ def _chunk(a: Architecture, shard: Shard) -> list[_Parameter]:
 
 def _layer(a: Architecture, shard: Shard, local: str, hf: str) -> list[_Parameter]:
     rank, hidden, ffn = shard.tensor_rank, a.hidden_size, a.ffn_size // shard.tensor_size
-    attention_norm, mlp_norm = {
-        "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
-        "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
-    }[shard.spec]
+    attention_norm, mlp_norm = NORMS[shard.spec]
     parameters = [
         _norm(f"{local}.{attention_norm}", f"{hf}.input_layernorm.weight", a, rank),
         _qkv(f"{local}.self_attention.linear_qkv.weight", f"{hf}.self_attn", "weight", (hidden,), a, shard),

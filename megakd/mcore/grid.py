@@ -8,6 +8,7 @@ their groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -39,11 +40,17 @@ class Grid:
         return self.at.pipeline == self.layout.pipeline - 1
 
 
-def make_grid(layout: Layout) -> Grid:
-    """Makes the process groups of a layout. Collective over the world: every rank calls it, in the same order."""
+def make_grid(layout: Layout, timeout: timedelta | None = None) -> Grid:
+    """Makes the process groups of a layout. Collective over the world: every rank calls it, in the same order.
+
+    Args:
+        layout: of the role.
+        timeout: how long their collectives may wait. torch gives a group its backend's own timeout (NCCL's: 10
+            minutes) and not the world's, where none is said.
+    """
     hyper = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
     rank = dist.get_rank(dist.group.WORLD)
-    at, made = layout.coordinates(rank), _Groups(rank)
+    at, made = layout.coordinates(rank), _Groups(rank, timeout)
     pipelines = hyper.get_rank_enum("pp")
 
     def along(*axes: str) -> dist.ProcessGroup:
@@ -75,19 +82,21 @@ def make_grid(layout: Layout) -> Grid:
 class _Groups:
     """This rank's groups of a grid, each partition of the world once. All ranks ask for the same, in the same order."""
 
-    def __init__(self, rank: int):
-        self._rank = rank
+    def __init__(self, rank: int, timeout: timedelta | None):
+        self._rank, self._timeout = rank, timeout
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     def of(self, partition: Partition) -> dist.ProcessGroup:
         """This rank's group of a partition. Collective over the world."""
         key = tuple(sorted(tuple(sorted(ranks)) for ranks in partition))
         if key not in self._made:
-            self._made[key] = dist.group.WORLD if len(key) == 1 else _own_group(key, self._rank)
+            self._made[key] = dist.group.WORLD if len(key) == 1 else _own_group(key, self._rank, self._timeout)
         return self._made[key]
 
 
-def _own_group(partition: tuple[tuple[int, ...], ...], rank: int) -> dist.ProcessGroup:
+def _own_group(
+    partition: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None
+) -> dist.ProcessGroup:
     """Makes the group that `rank`, this process, has in a partition, and none of the others.
 
     torch names it after its ranks and the number of groups that a rank has made, so all must have made equally many.
@@ -95,7 +104,7 @@ def _own_group(partition: tuple[tuple[int, ...], ...], rank: int) -> dist.Proces
     ranks; where two colours are the same, the groups are made one after the other.
     """
     if len({_process_group_color(list(ranks)) for ranks in partition}) < len(partition):
-        group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+        group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition], timeout)
         return group
     mine = next(ranks for ranks in partition if rank in ranks)
-    return dist.new_group(list(mine), use_local_synchronization=True)
+    return dist.new_group(list(mine), timeout, use_local_synchronization=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
@@ -31,7 +32,7 @@ from megakd.config import Parallel, Precision
 from megakd.errors import ConfigError, ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
-from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, stage_shards
+from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
 from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
 from megakd.mcore.fp8_layers import fill_rows_of, readable, share
 from megakd.mcore.grid import Grid
@@ -93,7 +94,9 @@ class Model:
         chunk = unwrap(self.chunks[-1])
         # Not `shared_embedding_or_output_weight()`: on a chunk with an embedding that is the embedding, tied or not.
         tied_here = self.architecture.tied_embeddings and self.shards[-1].embedding
-        return chunk.embedding.word_embeddings.weight if tied_here else chunk.output_layer.weight
+        weight = chunk.embedding.word_embeddings.weight if tied_here else chunk.output_layer.weight
+        _finish_gather(self.chunks[-1], weight)
+        return weight
 
     @property
     def padding(self) -> Padding:
@@ -122,6 +125,13 @@ class Model:
     def pieces_of(self, chunk: int) -> list[Piece]:
         """Where the chunk's parameters lie in the Hugging Face tensors."""
         return pieces(self.architecture, self.shards[chunk])
+
+
+def _finish_gather(chunk: nn.Module, weight: nn.Parameter) -> None:
+    """Waits for an overlapped all-gather of a weight that is read outside its module's forward pass, which waits by
+    itself (megatron-core's hooks). Collective over the data group where that has not begun."""
+    if isinstance(chunk, DistributedDataParallel) and chunk.use_forward_hook:
+        chunk.param_to_bucket_group[weight].finish_param_sync()
 
 
 def unwrap(chunk: nn.Module) -> HiddenGPT:
@@ -228,7 +238,7 @@ def build_model(
         ModelError: the directory does not hold the model; on all ranks of a data group.
     """
     config = transformer_config(architecture, parallel, recompute, precision, device, trained=trained)
-    spec = layer_spec(device.type, precision)
+    spec = spec_of(device.type, emulated=precision.emulate)
     amaxes, emulation = None, None
     if precision.emulate:
         scaling = precision.scaling_of(trained=trained)
@@ -277,12 +287,6 @@ def build_model(
     return Model(architecture, grid, config, chunks, shards, rows_multiple(precision, parallel), amaxes)
 
 
-def layer_spec(device: str, precision: Precision) -> str:
-    """The layers' modules: Transformer Engine's on CUDA (`check_backend` has refused a machine without them), but
-    the local ones where FP8 is emulated."""
-    return "te" if device == "cuda" and not precision.emulate else "local"
-
-
 def _stays_bf16(layer: int, architecture: Architecture, precision: Precision) -> bool:
     """Whether a layer, counted over the whole model, is one of those at the ends that take no part in FP8."""
     return not precision.first_last_bf16 <= layer < architecture.layers - precision.first_last_bf16
@@ -310,6 +314,7 @@ def _mark_sharded(chunk: HiddenGPT) -> None:
     """Says of the weights that the tensor ranks share out that they do, as megatron-core's initialisation would have.
 
     The gradient's norm, by which it is clipped, counts every other parameter on the first tensor rank alone.
+    Transformer Engine's linears say so themselves.
     """
     for module in chunk.modules():
         # An output layer that is tied to an embedding in the same chunk has no weight of its own.

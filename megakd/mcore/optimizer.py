@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from megakd.config_stages import Optimizer as OptimizerSettings
 from megakd.hf.pieces import Piece
 from megakd.mcore.model import Model, unwrap
+
+logger = logging.getLogger("megakd")
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, in float32: the master weight and Adam's two moments."""
@@ -42,7 +46,8 @@ class Trainer:
     def step(self) -> float:
         """Clips, updates the parameters, advances the schedule; returns the gradient's norm before clipping.
 
-        Collectives: the norm's sum over the world's shards; an all-gather of parameters over the data group.
+        Collectives: the norm's sum over the world's shards; an all-gather of parameters over the data group, which
+        with `overlap` goes on into the next forward pass.
 
         Raises:
             RuntimeError: the optimizer refused the step (non-finite gradient).
@@ -156,6 +161,16 @@ class Trainer:
         """Sets the schedule to where it stands after `steps` steps; it counts the coming one already."""
         self.scheduler.step(increment=steps + 1 - self.scheduler.num_steps)
 
+    def gather_parameters(self) -> None:
+        """Makes the parameters whole on every rank where `overlap` has left that to the next forward pass.
+
+        For those who read parameters outside of one, and where replicas do not all run forward alike. Collectives: an
+        all-gather of parameters over the data group.
+        """
+        for chunk in self.model.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def publish_parameters(self) -> None:
         """Copies the master weights into the model's parameters on every rank (after they were loaded).
 
@@ -172,13 +187,14 @@ class Trainer:
 
 def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Trainer:
     """Wraps a model's chunks in DistributedDataParallel and makes its optimizer and cosine schedule of `steps`."""
-    overlap = next(model.chunks[0].parameters()).device.type == "cuda"
+    on_gpu = next(model.chunks[0].parameters()).device.type == "cuda"
+    overlap = on_gpu if settings.overlap is None else settings.overlap
     wrapped = [
         DistributedDataParallel(
             config=model.config,
             ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=True,
-                fp8_param_gather=model.config.fp8_param,
+                grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap,
+                use_distributed_optimizer=True, fp8_param_gather=model.config.fp8_param,
             ),
             module=unwrap(chunk),
             disable_bucketing=index > 0,
@@ -186,6 +202,10 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
         )
         for index, chunk in enumerate(model.chunks)
     ]
+    # megatron-core has chosen at its import: Transformer Engine's, else NVIDIA's apex's, else torch's.
+    adam = megatron.core.optimizer.Adam
+    logger.info("optimizer: %s.%s, exchanges between replicas %s", adam.__module__, adam.__qualname__,
+                "overlapped" if overlap else "not overlapped")
     model.chunks[:] = wrapped
     model.config.finalize_model_grads_func = finalize_model_grads
     if overlap:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from torch.overrides import TorchFunctionMode
 
+from megakd import gpus
 from megakd.errors import ConfigError
 from megakd.mcore.grid import Grid
 
@@ -28,6 +30,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta | None = None
+    """How long a collective of the run's groups may wait; None: as long as torch has it."""
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -77,32 +81,36 @@ def enable_cpu() -> None:
 
 def check_device(device: str) -> None:
     """Refuses `device: cuda` where torch sees none. Raises ConfigError; makes no process group."""
+    gpus.order_kernels(os.environ)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`"
         )
 
 
-def start(device: str, *, timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(device: str, *, timeout: timedelta = timedelta(minutes=30), traces: Path | None = None) -> World:
     """Joins the run's processes. torchrun's variables RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT say which.
 
     Args:
         device: "cpu" (gloo) or "cuda" (NCCL, one GPU a rank).
         timeout: how long a collective may wait before the job fails.
+        traces: folder for what the ranks were waiting for when one has failed so (CUDA: `gpus.record_collectives`).
 
     Raises:
-        ConfigError: `cuda` is asked for and there is none.
+        ConfigError: `cuda` is asked for and there is none, or fewer GPUs on this node than ranks.
     """
     check_device(device)
     if device == "cuda":
-        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = torch.device("cuda", gpus.device_index(os.environ, torch.cuda.device_count()))
+        if (folder := gpus.record_collectives(os.environ, traces)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # torch opens the files alone
         torch.cuda.set_device(local)
         dist.init_process_group("nccl", timeout=timeout, device_id=local)
     else:
         enable_cpu()
         local = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), local)
+    return World(dist.get_rank(), dist.get_world_size(), local, timeout)
 
 
 def adopt(device: torch.device) -> World:

@@ -80,7 +80,7 @@ def calibrate(device: str, path: Path) -> None:
 
 def measured_cluster(world: World) -> Cluster:
     """This machine's description. Collective over the world."""
-    kind, grid = world.device.type, make_grid(Layout(world.size, 1, 1))
+    kind, grid = world.device.type, make_grid(Layout(world.size, 1, 1), world.timeout)
     runtime.seed(1, grid)
     rates = {name: fitted(products(world, dtype), min) for name, dtype in DTYPES[kind].items()}
     attention = fitted(attentions(world, torch.float32 if kind == "cpu" else torch.bfloat16), itemgetter(0))

@@ -72,7 +72,7 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         losses=loss_calls(objective, requires), lengths=lengths, global_batch=stage.global_batch, world=world,
         chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
         signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
-        answering=answering_roles(stage), precision=recipe.precision,
+        answering=answering_roles(stage), precision=recipe.precision, overlap=stage.optimizer.overlap is not False,
     )
 
 

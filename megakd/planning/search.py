@@ -68,6 +68,8 @@ class Question:
     """Roles that also answer in this stage, which rules out sequence parallelism."""
     precision: Precision = Precision()
     """Says whose weights are held in FP8."""
+    overlap: bool = True
+    """See `TrainingSetup`."""
 
     def setup(self, trained: RoleSetup, teachers: Mapping[str, RoleSetup],
               stored: Mapping[str, str]) -> TrainingSetup:
@@ -85,7 +87,7 @@ class Question:
                                {role: setup.micro_batch for role, setup in roles.items()}, kinds)
         heads = {role: self.teachers[role] for role, signal in stored.items() if signal == "hidden_states"}
         return TrainingSetup(trained, dict(teachers), losses_with(self.losses, stored), work, self.chunk_tokens,
-                             self.dtype, self.device, heads)
+                             self.dtype, self.device, heads, self.overlap)
 
     def signal_bytes(self, role: str) -> float:
         """Bytes in a step's files of one role's signals."""

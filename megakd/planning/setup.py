@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
-from megakd.hf.pieces import Shard, stage_shards
+from megakd.hf.pieces import Shard, spec_of, stage_shards
 from megakd.layout import Layout
 from megakd.planning.work import StepWork
 
@@ -78,6 +78,9 @@ class TrainingSetup:
     device: str
     stored: Mapping[str, Architecture] = field(default_factory=dict)
     """Roles whose hidden states are read from disk: they run nowhere, but the loss has their heads."""
+    overlap: bool = True
+    """Gradients travel beside the backward pass, as far as the cluster's description says that they can. New
+    parameters are counted as if nothing hid them. Buffers are the same with and without."""
 
     @property
     def heads(self) -> dict[str, Architecture]:
@@ -87,7 +90,7 @@ class TrainingSetup:
     @property
     def spec(self) -> str:
         """Layer modules, as `build_model` chooses them."""
-        return "te" if self.device == "cuda" else "local"
+        return spec_of(self.device, emulated=False)
 
     @property
     def parameter_bytes(self) -> int:

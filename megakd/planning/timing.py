@@ -243,7 +243,7 @@ def _after(cluster: Cluster, setup: TrainingSetup, backward: float) -> dict[str,
     published = sum(call_seconds(cluster, call, link_of(cluster, trained, "data")) for call in calls
                     if call.purpose == "parameters")
     # Beside the last micro-batch's backward pass: only then are the gradients whole.
-    behind = backward / len(setup.work.roles["student"].micro_batches)
+    behind = backward / len(setup.work.roles["student"].micro_batches) if setup.overlap else 0
     reduced -= min(cluster.overlap.data * reduced, behind)
     parameters = max(sum(shard_parameters(trained.architecture, shard) for shard in trained.shards(stage, setup.spec))
                      for stage in range(trained.parallel.pipeline))

@@ -74,6 +74,8 @@ class Distillation:
     learning_rate: float = 1e-2
     warmup: float = 0.0
     weight_decay: float = 0.0
+    clip: float = 1.0
+    overlap: bool | None = None
     precision: Precision = FP32
     recompute: str = "none"
     """Of the student."""
@@ -97,7 +99,8 @@ class Job:
                                  grid_of_student.layout.tensor, model.dtype, CPU)
             kinds = self.objective.requires.teacher_kinds[role]
             self.teachers[role] = OnlineTeacher(model, case.micro_batches[role], kinds, head)
-        settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=1e-3)
+        settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=1e-3,
+                             clip=case.clip, overlap=case.overlap)
         self.trainer = make_trainer(self.student, settings, case.steps)
 
     def forward_backward(self, number: int) -> dict[str, float]:

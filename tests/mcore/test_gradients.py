@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
 from tests.mcore.cases import Distillation, assemble, first_gradients, forward_calls
-from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
+from tests.mcore.tiny import make_groups, make_llama, make_qwen2
 from tests.ranks import run_ranks
 
 OBJECTIVES = {
@@ -37,19 +37,10 @@ def directories(tmp_path_factory) -> dict[str, str]:
 def students(tmp_path_factory) -> dict[str, str]:
     """Students of other makes than the tied Llama with 3 groups of heads."""
     folder = tmp_path_factory.mktemp("students")
-    torch.manual_seed(6)
-    qwen2 = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=3, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.15,
-        use_sliding_window=False, bos_token_id=1, eos_token_id=2))
-    for layer in qwen2.model.layers:
-        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            torch.nn.init.normal_(linear.bias, std=0.3)
-    qwen2.save_pretrained(folder / "biases")
     return {
         "untied head": str(make_llama(folder / "untied", seed=4, tied=False)),
         "4 groups of heads": str(make_llama(folder / "groups", seed=5, heads=8, kv_heads=4)),
-        "biases": str(folder / "biases"),
+        "biases": str(make_qwen2(folder / "biases", seed=6)),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from megakd.mcore import grid, runtime
 from tests.mcore.cases import CPU
 from tests.ranks import run_ranks
 
+TIMEOUT = timedelta(minutes=7)
+
 
 def _groups(layout: Layout, collide: bool) -> tuple[dict[str, list[int] | None], int, dict[str, float]]:
     """The ranks of this rank's groups; how many it has made; and the sum of the ranks over each."""
@@ -21,13 +25,15 @@ def _groups(layout: Layout, collide: bool) -> tuple[dict[str, list[int] | None],
     if collide:
         grid._process_group_color = lambda ranks: 1
     try:
-        groups = grid.make_grid(layout).groups
+        groups = grid.make_grid(layout, TIMEOUT).groups
     finally:
         grid._process_group_color = real
     runtime.set_global_state(groups)
     assert parallel_state.get_tensor_model_parallel_group() is groups.tp
     ranks, sums = {}, {}
     for name, group in vars(groups).items():
+        if group not in (None, dist.group.WORLD):
+            assert group._get_backend(CPU).options._timeout == TIMEOUT, name
         ranks[name] = None if group is None else dist.get_process_group_ranks(group)
         if group is not None:
             total = torch.tensor(float(dist.get_rank()))

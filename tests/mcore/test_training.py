@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megakd.batch import Group, Kind, Sample
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import AdpaObjective, SftObjective
+from megakd.mcore import optimizer
 from megakd.mcore.optimizer import STATES
 from tests.mcore.cases import Distillation, Job, assemble, curve, first_gradients
 from tests.mcore.test_gradients import KINDS, OBJECTIVES, check, naive_gradients
@@ -92,6 +97,51 @@ def test_a_training_of_one_step_trains(untied):
     groups = tuple(make_groups(4, (Kind.CHOSEN,)))
     case = Distillation(untied, {"student": WHOLE}, {"student": 4}, SftObjective(), groups, 4, steps=1)
     assert run_ranks(1, curve, case)[0][0]["lr"] > 0
+
+
+def _trained(case: Distillation, bucket_size: int) -> tuple[list[dict[str, float]], int, list[bool], dict, dict]:
+    """A training with buckets of about `bucket_size` numbers: metrics; buckets; whether each of the head's readers saw
+    what all replicas have; states; and this rank's parameters at the end."""
+    real, whole = optimizer.DistributedDataParallelConfig, []
+    optimizer.DistributedDataParallelConfig = partial(real, bucket_size=bucket_size)
+    try:
+        job = Job(case)
+    finally:
+        optimizer.DistributedDataParallelConfig = real
+    metrics, group = [], job.student.grid.groups.dp_cp
+    for number in range(case.steps):
+        metrics.append(job.step(number))
+        if (head := job.student.head_VH) is not None:  # read before any forward pass
+            heads = [torch.empty_like(head) for _ in range(group.size())]
+            dist.all_gather(heads, head.detach(), group=group)
+            whole.append(all(torch.equal(heads[0], other) for other in heads))
+    job.trainer.gather_parameters()
+    parameters = {f"{chunk}.{name}": each.detach().clone() for chunk in range(len(job.student.chunks))
+                  for name, each in job.student.parameters_of(chunk).items()}
+    buckets = sum(len(buffer.buckets) for chunk in job.student.chunks for buffer in chunk.buffers)
+    return metrics, buckets, whole, job.states(), parameters
+
+
+@pytest.mark.parametrize("ranks, parallel, micro_batch", [
+    (2, WHOLE, 2), (4, Parallel(pipeline=2, virtual_pipeline=2), 1)], ids=["dp2", "pp2 vpp2 dp2"])
+def test_overlapped_exchanges_change_no_bit(untied, ranks, parallel, micro_batch):
+    # Nothing is clipped: the norm is summed over other slices.
+    case = Distillation(untied, {"student": parallel}, {"student": micro_batch}, SftObjective(),
+                        tuple(make_groups(24, (Kind.CHOSEN,))), 8, steps=3, weight_decay=0.1, clip=0.0, overlap=False)
+    plain = run_ranks(ranks, _trained, case, 10_000)
+    overlapped = run_ranks(ranks, _trained, replace(case, overlap=True), 10_000)
+    assert plain[0][1] == parallel.virtual_pipeline < overlapped[0][1]
+    for (metrics, _, _, states, parameters), (expected, _, _, expected_states, expected_parameters) in zip(
+            overlapped, plain, strict=True):
+        for found, wanted in zip(metrics, expected, strict=True):
+            assert found.pop("grad_norm") == pytest.approx(wanted.pop("grad_norm"), rel=1e-6)
+            assert found == wanted
+        assert parameters.keys() == expected_parameters.keys()
+        assert all(torch.equal(parameters[name], values) for name, values in expected_parameters.items())
+        for state, boxes in expected_states.items():
+            assert all(one[:2] == two[:2] and torch.equal(one[2], two[2])
+                       for one, two in zip(states[state], boxes, strict=True)), state
+    assert all(all(whole) for _, _, whole, _, _ in overlapped)
 
 
 def _step_with_infinite_gradient(case: Distillation) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megakd.batch import Group, Kind, Sample
 
@@ -23,6 +23,20 @@ def make_llama(directory: Path, *, seed: int, hidden: int = 48, layers: int = 4,
         tie_word_embeddings=tied, initializer_range=0.15, bos_token_id=1, eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_qwen2(directory: Path, *, seed: int) -> Path:
+    """Writes a random model with biases on query, key and value, and a head of its own."""
+    torch.manual_seed(seed)
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.15,
+        use_sliding_window=False, bos_token_id=1, eos_token_id=2))
+    for layer in qwen2.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(linear.bias, std=0.3)
+    qwen2.save_pretrained(directory)
     return directory
 
 

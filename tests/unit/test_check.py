@@ -448,6 +448,16 @@ def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
     )
 
 
+def test_more_ranks_than_gpus(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "NCCL_MULTI_RANK_GPU_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    message = refused(raw | {"device": "cuda"}, tmp_path, ConfigError)
+    assert message.startswith("device = 'cuda': every rank takes a GPU of its own; here are 2 ranks, and torch sees 1 ")
+
+
 @pytest.mark.parametrize(
     "capability, recipe, cuda, field",
     [
@@ -511,3 +521,12 @@ def test_wandb_that_is_not_installed(raw, tmp_path, monkeypatch):
     without(monkeypatch, "wandb")
     message = refused(raw | {"wandb": True}, tmp_path, ConfigError)
     assert message.startswith("wandb = True: the package wandb is not installed. Run `pip install wandb`")
+
+
+def test_how_replicas_exchange_is_no_part_of_a_stage_s_result(raw):
+    def config(**settings: object) -> dict[str, Any]:
+        stage(raw, "dckd")["optimizer"] = {"lr": 1e-3, **settings}
+        recipe = parse(raw)
+        return stage_config(recipe, next(each for each in recipe.stages if each.name == "dckd"))
+
+    assert config() == config(overlap=True) == config(overlap=False) != config(clip=2.0)

@@ -123,6 +123,21 @@ def test_nvidias_apex_and_the_other_one():
     assert _check(NODE, "apex (NVIDIA)").ok is None
 
 
+@pytest.mark.parametrize("machine, found, ok", [
+    (LAPTOP, "torch's AdamW: no Transformer Engine and no apex of NVIDIA's", None),
+    (NODE, "Transformer Engine's FusedAdam", True),
+    (dataclasses.replace(NODE, transformer_engine_error="ImportError: libcudnn"),
+     "torch's AdamW: no Transformer Engine and no apex of NVIDIA's", None),
+    (_with(LAPTOP, apex=Package("0.1", "", frozenset({"apex/normalization", "apex/optimizers"}))), "apex's FusedAdam",
+     True),
+    (_with(LAPTOP, apex=Package("0.9", "Pyramid toolkit", frozenset({"apex/lib"}))),
+     "torch's AdamW: no Transformer Engine and no apex of NVIDIA's", None),
+])
+def test_which_adam_trainings_get(machine, found, ok):
+    check = _check(machine, "Adam")
+    assert (check.found, check.ok, check.needed_for) == (found, ok, ())
+
+
 def test_memory_and_disk():
     assert _blocked(dataclasses.replace(NODE, free_memory=5 * GIB)) == {QUICKSTART: {"free memory"}}
     both = {CPU_TESTS: {"free memory"}, QUICKSTART: {"free memory"}}

@@ -1,5 +1,7 @@
 """The table of pieces: every Hugging Face element has one owner, and lies where an independent cut puts it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +154,22 @@ def test_layouts_that_are_refused(sizes, field, words):
 def test_layouts_that_are_accepted():
     check_layout(architecture(), 3, 2, 2, False, "student")
     check_layout(architecture(), 4, 4, 1, True, "student")
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_both_layer_specs_hold_the_same_boxes_under_other_names(qkv_bias):
+    a, others = architecture(qkv_bias=qkv_bias), {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    local, engine = (stage_shards(a, tensor_rank=1, tensor_size=2, pipeline_rank=0, pipeline_size=1, spec=spec)[0]
+                     for spec in ("local", "te"))
+
+    def renamed(name: str) -> str:
+        layer, own = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+        return f"{layer}.{others[own]}" if own in others else name
+
+    assert parameter_shapes(a, engine) == {renamed(name): shape for name, shape in parameter_shapes(a, local).items()}
+    assert pieces(a, engine) == [dataclasses.replace(piece, parameter=renamed(piece.parameter))
+                                 for piece in pieces(a, local)]
+    assert sum(name.endswith("layer_norm_weight") for name in parameter_shapes(a, engine)) == 2 * a.layers

@@ -92,6 +92,8 @@ def test_gradients_hide_behind_the_last_micro_batch_only():
     assert apart > 0
     beside = small_cluster(overlap={"tensor": 0.0, "data": 1.0, "pipeline": 0.0})
     assert training_time(beside, setup(world=2)).parts["gradients between replicas"] == 0
+    turned_off = training_time(beside, replace(setup(world=2), overlap=False)).parts["gradients between replicas"]
+    assert turned_off == apart
     slow = cluster_fields(overlap={"tensor": 0.0, "data": 1.0, "pipeline": 0.0})
     slow["node_link"] = {"gb_s": 0.001, "latency_us": 0.0}
     left = training_time(Cluster.model_validate(slow), setup(world=2)).parts["gradients between replicas"]

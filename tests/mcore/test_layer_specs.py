@@ -1,0 +1,118 @@
+"""The two layer specs: the same model under other names. Transformer Engine's modules are stood in for
+(tests/mcore/engine_stand_in.py); megatron-core's wrappers of them, its spec, blocks and optimizer are the real ones."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megakd.batch import Kind
+from megakd.config import Parallel
+from megakd.config_objectives import SftObjective
+from megakd.hf.pieces import parameter_shapes
+from megakd.mcore import checkpoint
+from megakd.mcore.model import unwrap
+from tests.mcore.cases import Distillation, Job, assemble, build
+from tests.mcore.engine_stand_in import transformer_engine
+from tests.mcore.tiny import make_groups, make_llama, make_qwen2
+from tests.ranks import run_ranks
+
+FACTS = {"stage": "d41d8cd98f00b204"}
+SEQUENCE = Parallel(tensor=2, pad_heads=True, sequence=True)
+STEPS, SAVED = 3, 1
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"tied": str(make_llama(folder / "tied", seed=1)), "biases": str(make_qwen2(folder / "biases", seed=3))}
+
+
+def training(student: str, parallel: Parallel) -> Distillation:
+    return Distillation({"student": student}, {"student": parallel}, {"student": 2}, SftObjective(),
+                        tuple(make_groups(24, (Kind.CHOSEN,))), global_batch=8, steps=STEPS, weight_decay=0.1)
+
+
+def layers_of(spec: str) -> AbstractContextManager:
+    """While it lasts, models are built of `spec` on this rank."""
+    return transformer_engine() if spec == "te" else nullcontext()
+
+
+def _registered(student: str, parallel: Parallel, spec: str) -> dict[str, object]:
+    """What a built chunk registers, and what the table says of it."""
+    with layers_of(spec):
+        model = build(student, parallel)
+    parameters = model.parameters_of(0)
+    marks = {
+        name: (getattr(each, "tensor_model_parallel", False), getattr(each, "partition_dim", -1),
+               getattr(each, "sequence_parallel", False), getattr(each, "allreduce", True), each.dtype)
+        for name, each in parameters.items()
+    }
+    states = {name.rpartition(".")[0] for name in unwrap(model.chunks[0]).state_dict() if name.endswith("_extra_state")}
+    return {"shapes": {name: tuple(each.shape) for name, each in parameters.items()}, "marks": marks,
+            "table": parameter_shapes(model.architecture, model.shards[0]), "extra states": states}
+
+
+@pytest.mark.parametrize("student", ["tied", "biases"])
+def test_a_block_registers_what_the_table_says(students, student):
+    local, engine = (run_ranks(2, _registered, students[student], SEQUENCE, spec)[0] for spec in ("local", "te"))
+    for found in (local, engine):
+        assert found["shapes"] == found["table"]
+    # All that differs are the norms' names, here written out once more.
+    others = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+              "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+    renamed = {name.replace(own, other): name for name in local["shapes"] for own, other in others.items()
+               if name.endswith(own)}
+    assert len(renamed) == 2 * 4
+    assert engine["shapes"].keys() == (local["shapes"].keys() - set(renamed.values())) | renamed.keys()
+    for name in engine["shapes"]:
+        assert engine["shapes"][name] == local["shapes"][renamed.get(name, name)]
+        # Which parameters the tensor ranks share out, or hold alike: what gradients are summed and normed by.
+        assert engine["marks"][name] == local["marks"][renamed.get(name, name)], name
+    assert local["extra states"] <= {f"decoder.layers.{layer}.{module}" for layer in range(4) for module in (
+        "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")} | {
+        "output_layer"}
+    assert {"decoder.layers.3.self_attention.core_attention.inner", "decoder.final_layernorm",
+            "decoder.layers.0.mlp.linear_fc2"} <= engine["extra states"]
+
+
+def _train(case: Distillation, spec: str, folder: str, resumes: bool) -> dict[str, object]:
+    """Trains to the end, from the newest checkpoint in `folder` if it `resumes`; else saves one after `SAVED` steps."""
+    with layers_of(spec):
+        job, start = Job(case), 0
+        if resumes:
+            path, start = checkpoint.latest(Path(folder))
+            checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD)
+        found = {"states": job.states() if resumes else None, "metrics": []}
+        for number in range(start, case.steps):
+            job.forward_backward(number)
+            found["gradients"] = job.gradients()
+            found["metrics"].append(job.trainer.step())
+            if number + 1 == SAVED and not resumes:
+                checkpoint.save(Path(folder), SAVED, job.trainer, FACTS, dist.group.WORLD)
+                found["states"] = job.states()
+    return found
+
+
+@pytest.mark.parametrize("student, parallel, writer, reader", [
+    ("biases", SEQUENCE, "local", "te"), ("biases", SEQUENCE, "te", "local"), ("tied", Parallel(), "local", "te"),
+], ids=["tp2 sp", "tp2 sp, back", "dp2"])
+def test_a_training_goes_on_in_the_other_spec(students, tmp_path, student, parallel, writer, reader):
+    case = training(students[student], parallel)
+    wrote = run_ranks(2, _train, case, writer, str(tmp_path), False)
+    read = run_ranks(2, _train, case, reader, str(tmp_path), True)
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        written, found = (assemble([rank["states"][state] for rank in ranks]) for ranks in (wrote, read))
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[name], values) for name, values in written.items()), state
+        assert all(values.isfinite().all() for values in written.values())
+    expected, found = (assemble([rank["gradients"] for rank in ranks]) for ranks in (wrote, read))
+    worst = max(float((found[name] - values).norm() / values.norm()) for name, values in expected.items())
+    norms = torch.tensor(read[0]["metrics"]) / torch.tensor(wrote[0]["metrics"][SAVED:])
+    print(f"{writer} -> {reader}: worst gradient {worst:.1e}, worst norm {float((norms - 1).abs().max()):.1e}")
+    assert worst < 1e-5
+    torch.testing.assert_close(norms, torch.ones(STEPS - SAVED), rtol=1e-5, atol=0)
