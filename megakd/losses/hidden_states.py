@@ -223,13 +223,12 @@ class _Heads:
             chunk = self.room.chunk(rows)
             settings = zip(self.models, self.plan.scales, self.plan.softcaps, chunk.logits, strict=True)
             for (hidden, head, bias_V), scale, cap, out_CV in settings:
-                _multiply(hidden[rows], head.t(), out_CV)
+                factor = scale / (self.plan.settings.temperature if cap is None else cap)
+                _multiply(hidden[rows], head.t(), out_CV, factor=factor)
                 if bias_V is not None:
-                    out_CV.add_(bias_V)
+                    out_CV.add_(bias_V, alpha=factor)
                 if cap is not None:
-                    out_CV.mul_(scale / cap).tanh_().mul_(cap / self.plan.settings.temperature)
-                elif scale != self.plan.settings.temperature:
-                    out_CV.mul_(scale / self.plan.settings.temperature)
+                    out_CV.tanh_().mul_(cap / self.plan.settings.temperature)
             yield chunk
 
 
@@ -305,12 +304,15 @@ def _operands(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return hidden.to(common), head.to(common)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = left @ right, or out += left @ right, in out's dtype whatever the operands'. Returns out."""
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> Tensor:
+    """out = factor * left @ right, added to out where asked, in out's dtype whatever the operands'. Returns out.
+
+    The product is written to out itself: one of [C, V] or [V, H] beside it would take its memory and two passes again.
+    """
+    beta = 1.0 if add else 0.0
     if left.dtype == out.dtype:
-        return out.addmm_(left, right, beta=1.0 if add else 0.0)
-    product = torch.mm(left, right, out_dtype=out.dtype)
-    return out.add_(product) if add else out.copy_(product)
+        return out.addmm_(left, right, beta=beta, alpha=factor)
+    return torch.addmm(out, left, right, beta=beta, alpha=factor, out_dtype=out.dtype, out=out)
 
 
 def _named(plan: Plan, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ KERNEL_DEVICES = {"cuda"}
 """Types of devices on which losses run as Triton kernels, where they have them and statistics are float32. Tests add
 "cpu", where Triton's interpreter runs them."""
 ROW_BYTES = 128
-"""What the kernels' rows begin at multiples of: a row of any vocabulary is then read in whole sectors of memory, and the
-matrix products meet no odd leading dimension."""
+"""The kernels' rows begin at multiples of this: whatever the vocabulary, a row is read in whole sectors of memory, and
+the matrix products meet no odd leading dimension."""
 
 
 @dataclass(frozen=True)
