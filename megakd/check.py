@@ -74,6 +74,13 @@ def check_backend(recipe: Recipe) -> None:
                 "the layers on CUDA are Transformer Engine's, which is not installed",
                 "Install megakd[gpu], or write device: cpu",
             )
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "device",
+                "cuda",
+                "the losses on CUDA are Triton's kernels, which is not installed",
+                "pip install the release of triton that this build of PyTorch names, or write device: cpu",
+            )
     if recipe.precision.dtype == "fp8":
         import torch
 

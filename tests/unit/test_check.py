@@ -446,6 +446,13 @@ def test_cuda_without_transformer_engine(raw, tmp_path, monkeypatch):
     )
 
 
+def test_cuda_without_triton(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else object())
+    message = refused(raw | {"device": "cuda"}, tmp_path, ConfigError)
+    assert message.startswith("device = 'cuda': the losses on CUDA are Triton's kernels, which is not installed")
+
+
 @pytest.mark.parametrize(
     "capability, recipe, field",
     [

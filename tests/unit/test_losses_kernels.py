@@ -193,3 +193,17 @@ def test_the_memory_of_a_chunk():
     assert [each.shape for each in chunk.logits] == [(3, 33), (3, 33)] and chunk.spares == []
     assert [each.stride() for each in (*chunk.logits, chunk.gradient_CV)] == [(64, 1), (64, 1), (64, 1)]
     assert chunk.gradient_CV.dtype == torch.bfloat16
+
+
+def test_the_benchmark_s_cases():
+    """benchmarks/loss_kernels.py: every kernel once, with the bytes that its loss must move."""
+    from benchmarks.loss_kernels import cases
+
+    found = {case.name: case for case in cases(2, 40, torch.float32, DEVICE)}
+    assert len(found) == 3 * 7
+    logits, gradient = 2 * 40 * 4, 2 * 40 * 2
+    assert found["log_prob: local_statistics"].bytes == logits
+    assert found["advantage: write_gradient"].bytes == 3 * logits + gradient
+    assert found["akl: all statistics"].bytes == 5 * logits
+    for name in ("jsd: all statistics", "akl: write_gradient", "forward_kl with log_prob: local_statistics"):
+        found[name].run()

@@ -9,8 +9,8 @@ try:
     import triton  # noqa: F401
 except ImportError as error:
     raise ModelError(
-        "triton cannot be imported: the losses on CUDA are its kernels, and PyTorch's CUDA builds bring it. "
-        "Install it (megakd[gpu])"
+        f"triton cannot be imported ({error}): the losses on CUDA are its kernels. PyTorch's CUDA builds for Linux "
+        "bring the release that they need; pip install it"
     ) from error
 
 from megakd.losses.kernels.launch import (
