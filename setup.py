@@ -46,7 +46,12 @@ setup(
         "wandb": ["wandb>=0.19"],
         # What benchmarks/losses.py compares with; benchmarks/README.md says how to add Liger.
         "bench": ["nvidia-modelopt>=0.47,<0.48", "trl>=1.16,<1.17"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        # Triton's interpreter runs the losses' kernels in tests on a CPU (3.6 with numpy < 2.4 only). On CUDA it comes
+        # with torch, which names the one release that it works with.
+        "dev": [
+            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["megakd = megakd.cli:main"]},
 )

@@ -38,13 +38,16 @@ def check_backend(recipe: Recipe, world: int) -> None:
     if not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "torch sees no CUDA device here",
                           "Write device: cpu, or see `megakd doctor`")
-    gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
-    if recipe.precision.emulate:
-        return  # the local layers' products, which any device can do
-    if importlib.util.find_spec("transformer_engine") is None:
+    # An emulation is the local layers' products, which any device can do.
+    emulated = recipe.precision.emulate
+    if not emulated and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError("device", "cuda", "the layers on CUDA are Transformer Engine's, which is not installed",
                           "Install megakd[gpu], or write device: cpu")
-    if recipe.precision.dtype == "fp8":
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("device", "cuda", "the losses on CUDA are Triton's kernels, which is not installed",
+                          "pip install the release of triton that this build of PyTorch names, or write device: cpu")
+    gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
+    if recipe.precision.dtype == "fp8" and not emulated:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
 
 

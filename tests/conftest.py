@@ -1,8 +1,15 @@
 """Fixtures of the whole test session."""
 
-import pytest
+import os
 
-from tests import ranks
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton's functions are defined, and megatron-core imports Triton where it finds it: hence before that.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests import ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses.statistics import Chunk, RowLoss, check_logits, exp_, logits_row_loss
+from megakd.losses.divergence import shifted_cross
+from megakd.losses.statistics import Chunk, KernelForm, RowLoss, check_logits, exp_, logits_row_loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class ExpectedAdvantage(RowLoss):
         lse_C, mean_C = saved_SC
         teacher_CV.sub_(reference_CV).sub_(mean_C[:, None]).mul_(self.beta)
         exp_(student_CV.sub_(lse_C[:, None])).mul_(teacher_CV)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("advantage", beta=self.beta)
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        shift_PC, teacher_shift_PC, reference_shift_PC = shift_RPC
+        gain_PC = shifted_cross(sums_SPC[3], sums_SPC[0], teacher_shift_PC - reference_shift_PC, shift_PC)
+        return torch.stack([*(sums_SPC[:3] * shift_RPC.exp()).sum(1), gain_PC.sum(0)])
 
 
 def expected_advantage(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.likelihood import add_at_labels, label_logits, outside_is_nan
-from megakd.losses.statistics import Chunk, RowLoss, exp_
+from megakd.losses.statistics import Chunk, KernelForm, RowLoss, exp_
 
 
 class _Around(RowLoss):
@@ -28,6 +28,9 @@ class _Around(RowLoss):
 
     def local_maxima(self, block: Chunk) -> Tensor:
         return self.inner.local_maxima(_without_own_spare(block))
+
+    def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        return self.inner.kernel_sums(number, chunk, state_SC)
 
 
 class WithLogProbs(_Around):
@@ -84,6 +87,22 @@ class WithLogProbs(_Around):
         # The caller divides by the temperature, which the log-probabilities have nothing to do with.
         student_CV.mul_(weight_C[:, None]).addcmul_(prob_CV, (log_prob_weight_C * self.temperature)[:, None])
 
+    def kernel_form(self) -> KernelForm | None:
+        form = self.inner.kernel_form()
+        if form is None:
+            return None
+        weights = {"inner_weights_T": self.inner_weights_T, "log_prob_weights_T": self.log_prob_weights_T}
+        return replace(form, labels_T=self.labels_T, temperature=self.temperature, **weights)
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        inner_SC = self.inner.from_parts(sums_SPC[:-1], shift_RPC, chunk, state_SC)
+        label_C = label_logits(chunk.logits[0], state_SC[0], self.labels_T, chunk) * self.temperature
+        sum_C = (sums_SPC[-1] * (shift_RPC[0] * self.temperature).exp()).sum(0)
+        return torch.cat([inner_SC, torch.stack([label_C, sum_C])])
+
+    def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        return super().kernel_sums(number, chunk, state_SC[:-2])
+
     def _weights(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         dtype = chunk.logits[0].dtype
         return self.inner_weights_T[chunk.rows].to(dtype), self.log_prob_weights_T[chunk.rows].to(dtype)
@@ -108,6 +127,13 @@ class Softcapped(_Around):
         slope_CV = torch.mul(student_CV, 1.0 / self.cap, out=block.spares[-1]).square_().neg_().add_(1.0)
         self.inner.gradient(_without_own_spare(block), saved_SC)
         student_CV.mul_(slope_CV)
+
+    def kernel_form(self) -> KernelForm | None:
+        form = self.inner.kernel_form()
+        return None if form is None else replace(form, cap=self.cap)
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        return self.inner.from_parts(sums_SPC, shift_RPC, chunk, state_SC)
 
 
 def _without_own_spare(block: Chunk) -> Chunk:

@@ -17,11 +17,13 @@ from torch import Tensor
 from megakd.errors import LossInputError
 from megakd.losses.statistics import (
     Chunk,
+    KernelForm,
     RowLoss,
     check_logits,
     check_positive,
     exp_,
     group_size_and_rank,
+    kernels,
     logits_row_loss,
     sum_over_ranks,
 )
@@ -54,6 +56,14 @@ class ForwardKL(RowLoss):
             exp_(logits_CV.sub_(lse_C[:, None]))
         block.logits[0].sub_(block.logits[1])
 
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("forward_kl")
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        shift_PC, teacher_shift_PC = shift_RPC
+        cross_PC = shifted_cross(sums_SPC[2], sums_SPC[1], teacher_shift_PC - shift_PC, teacher_shift_PC)
+        return torch.stack([*(sums_SPC[:2] * shift_RPC.exp()).sum(1), cross_PC.sum(0)])
+
 
 class ReverseKL(RowLoss):
     """Row loss KL(Q || P); gradient Q (log Q - log P - KL(Q || P))."""
@@ -82,6 +92,14 @@ class ReverseKL(RowLoss):
         lse_C, mean_C = saved_SC
         torch.sub(student_CV, teacher_CV, out=teacher_CV).sub_(mean_C[:, None])
         exp_(student_CV.sub_(lse_C[:, None])).mul_(teacher_CV)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("reverse_kl")
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        shift_PC, teacher_shift_PC = shift_RPC
+        cross_PC = shifted_cross(sums_SPC[2], sums_SPC[0], shift_PC - teacher_shift_PC, shift_PC)
+        return torch.stack([*(sums_SPC[:2] * shift_RPC.exp()).sum(1), cross_PC.sum(0)])
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,15 @@ class JensenShannon(RowLoss):
         tail_CV = _softplus_of_minus_abs(x_CV, out=block.spares[0])
         part_CV = x_CV.clamp_(min=0.0).add_(tail_CV).sub_(student_part_C[:, None]).mul_(self.beta - 1.0)
         exp_(student_CV.sub_(lse_C[:, None])).mul_(part_CV)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("jsd", beta=self.beta)
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        return (sums_SPC[:2] * shift_RPC.exp()).sum(1)
+
+    def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        return kernels().mixture_sums(chunk, torch.cat([state_SC[:2], self._shift(state_SC)[None]]))
 
     def _shift(self, state_SC: Tensor) -> Tensor:
         """What x is more than the teacher's logit less the student's. The logarithms of the sums are small beside large
@@ -232,13 +259,38 @@ class AdaptiveKL(RowLoss):
         teacher_CV.sub_(reverse_C1).mul_(1.0 - head_share_C1).add_(head_share_C1)
         exp_(student_CV).mul_(teacher_CV).sub_(teacher_prob_CV)
 
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("akl")
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        shift_PC, teacher_shift_PC, _ = shift_RPC
+        ratio_PC = shift_PC - teacher_shift_PC
+        local = [*(sums_SPC[:2] * shift_RPC[:2].exp()).sum(1)]
+        for cross_PC, sum_PC, own_PC in zip(sums_SPC[2:4], sums_SPC[:2], shift_RPC[:2], strict=True):
+            local.append(shifted_cross(cross_PC, sum_PC, ratio_PC, own_PC).sum(0))
+        mass_BC = kernels().bin_masses(chunk, state_SC[1], self._bins_a_logit(*state_SC[1:3]), self.BINS)
+        return torch.cat([torch.stack(local), mass_BC])
+
+    def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        lse_C, teacher_lse_C, _, _, teacher_max_C, teacher_low_C, last_bin_C = state_SC[:7]
+        ends = [teacher_max_C, self._bins_a_logit(teacher_max_C, teacher_low_C), last_bin_C, self._end(last_bin_C)]
+        numbers_6C = torch.stack([lse_C, teacher_lse_C, *ends])
+        gaps_2C, own_3KC, counts_C = kernels().bin_gaps(chunk, numbers_6C, self.CANDIDATES)
+        return self._packed(gaps_2C, own_3KC, counts_C, chunk)
+
     def _places(self, teacher_CV: Tensor, max_C: Tensor, low_C: Tensor, *, out: Tensor) -> Tensor:
         """Where each local column lies among the bins: its bin is the whole part, but at most the last one.
 
         Rises where the logit falls, is the same for equal logits.
         """
-        span_C = (max_C + low_C).clamp(min=1e-3, max=self.SPAN)
-        return torch.sub(max_C[:, None], teacher_CV, out=out).mul_((self.BINS / span_C)[:, None])
+        return torch.sub(max_C[:, None], teacher_CV, out=out).mul_(self._bins_a_logit(max_C, low_C)[:, None])
+
+    def _bins_a_logit(self, max_C: Tensor, low_C: Tensor) -> Tensor:
+        return self.BINS / (max_C + low_C).clamp(min=1e-3, max=self.SPAN)
+
+    def _end(self, last_bin_C: Tensor) -> Tensor:
+        """Where each row's last bin ends: the last of all has no end."""
+        return (last_bin_C + 1).masked_fill_(last_bin_C == self.BINS - 1, float("inf"))
 
     def _gaps(self, block: Chunk, state_SC: Tensor) -> Tensor:
         """|P - Q| of all tokens, of those in the bins before the head's last, and this rank's tokens in the last one.
@@ -252,15 +304,13 @@ class AdaptiveKL(RowLoss):
         exp_(torch.sub(student_CV, lse_C1, out=gap_CV))
         gap_CV.sub_(exp_(torch.sub(teacher_CV, teacher_lse_C1, out=spare_CV))).abs_()
         places_CV = self._places(teacher_CV, *state_SC[4:6], out=spare_CV)
-        bin_end_C1 = (last_bin_C1 + 1).masked_fill_(last_bin_C1 == self.BINS - 1, float("inf"))
         # As 0 and 1 in the logits' dtype: comparisons that give booleans take six times as long on a CPU (measured).
         torch.lt(places_CV, last_bin_C1, out=before_CV)
-        in_bin_CV = torch.lt(places_CV, bin_end_C1, out=places_CV).sub_(before_CV).bool()
+        in_bin_CV = torch.lt(places_CV, self._end(last_bin_C1), out=places_CV).sub_(before_CV).bool()
         rows_N, columns_N = in_bin_CV.nonzero(as_tuple=True)
         gaps_N, logits_N = gap_CV[rows_N, columns_N], teacher_CV[rows_N, columns_N]
         gap_C, before_C = gap_CV.sum(1), before_CV.mul_(gap_CV).sum(1)
 
-        size, rank = group_size_and_rank(block.columns.group)
         counts_C = torch.bincount(rows_N, minlength=len(gap_CV))
         places_N = torch.arange(len(rows_N), device=rows_N.device) - (counts_C.cumsum(0) - counts_C)[rows_N]
         # What does not fit goes to one more place, which is cut off. float32 holds whole numbers up to 2^24.
@@ -268,10 +318,15 @@ class AdaptiveKL(RowLoss):
         own[0] = float("-inf")
         ids_N = (columns_N + block.columns.first).to(gap_CV.dtype)
         own[:, places_N.clamp_(max=self.CANDIDATES), rows_N] = torch.stack([logits_N, ids_N, gaps_N])
-        packed = gap_CV.new_zeros(3, size, self.CANDIDATES, len(gap_CV))
-        packed[:, rank] = own[:, :-1]
-        missing_C = (counts_C - self.CANDIDATES).clamp(min=0).to(gap_CV.dtype)
-        return torch.cat([torch.stack([gap_C, before_C]), packed.flatten(0, 2), missing_C[None]])
+        return self._packed(torch.stack([gap_C, before_C]), own[:, :-1], counts_C, block)
+
+    def _packed(self, gaps_2C: Tensor, own_3KC: Tensor, counts_C: Tensor, block: Chunk) -> Tensor:
+        """What `_gaps` returns, of this rank's sums, its tokens in the last bin, and how many it has there."""
+        size, rank = group_size_and_rank(block.columns.group)
+        packed = own_3KC.new_zeros(3, size, *own_3KC.shape[1:])
+        packed[:, rank] = own_3KC
+        missing_C = (counts_C - self.CANDIDATES).clamp(min=0).to(own_3KC.dtype)
+        return torch.cat([gaps_2C, packed.flatten(0, 2), missing_C[None]])
 
     def _gap_in_last_bin(self, state_SC: Tensor, packed: Tensor, chunk: Chunk) -> Tensor:
         """The head's gap [C] within its last bin."""
@@ -310,6 +365,12 @@ class AdaptiveKL(RowLoss):
         totals_CG = (values_CG.gather(1, order_CG).double() - lse_C.double()[:, None]).exp().cumsum(1)
         sizes_C1 = (totals_CG + before_C.double()[:, None] <= self.mu).sum(1, keepdim=True)
         return order_CG, torch.where(before_C[:, None] > 0, sizes_C1, sizes_C1.clamp(min=1))
+
+
+def shifted_cross(cross_PC: Tensor, sum_PC: Tensor, ratio_shift_PC: Tensor, shift_PC: Tensor) -> Tensor:
+    """A part's sum of exp(y) * ratio, of which y is to be `shift_PC` more and the ratio `ratio_shift_PC` more; `sum_PC`
+    is that of exp(y) alone."""
+    return (cross_PC + ratio_shift_PC * sum_PC) * shift_PC.exp()
 
 
 def row_divergence(kind: str, *, beta: float, mu: float) -> RowLoss:

@@ -24,6 +24,7 @@ from megakd.losses.combined import Softcapped
 from megakd.losses.statistics import (
     Chunk,
     Columns,
+    Room,
     RowLoss,
     check_matrix,
     check_positive,
@@ -33,7 +34,6 @@ from megakd.losses.statistics import (
     group_size_and_rank,
     local_columns,
     run_chunk,
-    scratch,
     statistics_dtype,
 )
 
@@ -147,12 +147,13 @@ def all_tokens(student: HeadInput, labels_T: Tensor, columns: Columns, sequence_
 class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        heads = _Heads(plan, tensors)
         wanted = ctx.needs_input_grad[1:4]
-        gradients = None if plan.settings.recompute or not any(wanted) else _StudentGradients(heads, wanted)
+        with_gradient = not plan.settings.recompute and any(wanted)
+        heads = _Heads(plan, tensors, with_gradient=with_gradient)
+        gradients = _StudentGradients(heads, wanted) if with_gradient else None
         states = []
         for chunk in heads.chunks():
-            states.append(run_chunk(plan.loss, chunk, with_gradient=gradients is not None))
+            states.append(run_chunk(plan.loss, chunk, with_gradient=with_gradient))
             if gradients is not None:
                 gradients.add(chunk, torch.ones_like(states[-1][0]))
         state_ST = torch.cat(states, 1)
@@ -175,7 +176,7 @@ class _FromHidden(torch.autograd.Function):
             weight = upstream_T[0] if len(upstream_T) else 1.0
             made = tuple(None if tensor is None else tensor.mul_(weight) for tensor in made)
         else:
-            heads = _Heads(ctx.plan, tensors)
+            heads = _Heads(ctx.plan, tensors, with_gradient=True)
             gradients = _StudentGradients(heads, wanted)
             for chunk in heads.chunks():
                 give_gradient(ctx.plan.loss, chunk, saved_ST[:, chunk.rows])
@@ -199,7 +200,7 @@ def _equal_weights(upstream_T: Tensor) -> bool:
 class _Heads:
     """All models' logits for one chunk after another, in buffers that are used again."""
 
-    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None]):
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None], *, with_gradient: bool):
         self.plan = plan
         width = plan.columns.width
         self.dtype = statistics_dtype(tensors[0])
@@ -211,22 +212,24 @@ class _Heads:
             self.models.append((hidden_TH, head_VH, None if bias_V is None else bias_V[:width].to(self.dtype)))
         self.tokens = self.models[0][0].shape[0]
         rows, device = min(self.tokens, plan.settings.chunk_tokens), tensors[0].device
-        self.buffers, self.spares = scratch(plan.loss, rows, width, self.dtype, device)
+        # d(bias) adds the gradient up as it is; the products take it in their operands' dtype.
+        in_float = not with_gradient or self.models[0][2] is not None
+        gradient_dtype = self.dtype if in_float else self.models[0][1].dtype
+        self.room = Room(plan.loss, rows, plan.columns, self.dtype, device, gradient_dtype)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, which the caller may overwrite."""
         for rows in chunks(self.tokens, self.plan.settings.chunk_tokens):
-            logits = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
-            scales, softcaps = self.plan.scales, self.plan.softcaps
-            for (hidden, head, bias_V), scale, cap, out_CV in zip(self.models, scales, softcaps, logits, strict=True):
-                _multiply(hidden[rows], head.t(), out_CV)
+            chunk = self.room.chunk(rows)
+            settings = zip(self.models, self.plan.scales, self.plan.softcaps, chunk.logits, strict=True)
+            for (hidden, head, bias_V), scale, cap, out_CV in settings:
+                factor = scale / (self.plan.settings.temperature if cap is None else cap)
+                _multiply(hidden[rows], head.t(), out_CV, factor=factor)
                 if bias_V is not None:
-                    out_CV.add_(bias_V)
+                    out_CV.add_(bias_V, alpha=factor)
                 if cap is not None:
-                    out_CV.mul_(scale / cap).tanh_().mul_(cap / self.plan.settings.temperature)
-                elif scale != self.plan.settings.temperature:
-                    out_CV.mul_(scale / self.plan.settings.temperature)
-            yield Chunk(logits, self.spares, rows, self.plan.columns)
+                    out_CV.tanh_().mul_(cap / self.plan.settings.temperature)
+            yield chunk
 
 
 class _StudentGradients:
@@ -245,14 +248,14 @@ class _StudentGradients:
         self.works: list[dist.Work] = []
 
     def add(self, chunk: Chunk, weight_C: Tensor) -> None:
-        """Adds what follows from a chunk's d value / d logits, which stand in its student's logits, by its weights.
+        """Adds what follows from a chunk's d value / d logits, by the tokens' weights.
 
         Collectives: begins one SUM all-reduce of the chunk's d(hidden), which goes on beside the next chunk's products
         (one reduce-scatter of all d(hidden) at the end under sequence parallelism).
         """
         width, rows = self.plan.columns.width, chunk.rows
         hidden_TH, head_VH, _ = self.heads.models[0]
-        gradient_CV = chunk.logits[0].to(head_VH.dtype)
+        gradient_CV = chunk.gradient_CV.to(head_VH.dtype)
         weight_C1 = (weight_C * (self.plan.scales[0] / self.plan.settings.temperature))[:, None]
         if self.hidden_TH is not None:
             _multiply(gradient_CV, head_VH, self.hidden_TH[rows]).mul_(weight_C1)
@@ -266,7 +269,7 @@ class _StudentGradients:
             if rows.start == 0:
                 self.head_VH[width:].zero_()
         if self.bias_V is not None:
-            self.bias_V[:width] += weight_C1[:, 0] @ chunk.logits[0]
+            self.bias_V[:width] += weight_C1[:, 0] @ chunk.gradient_CV
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients, when all chunks have been added."""
@@ -301,12 +304,15 @@ def _operands(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return hidden.to(common), head.to(common)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = left @ right, or out += left @ right, in out's dtype whatever the operands'. Returns out."""
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> Tensor:
+    """out = factor * left @ right, added to out where asked, in out's dtype whatever the operands'. Returns out.
+
+    The product is written to out itself: one of [C, V] or [V, H] beside it would take its memory and two passes again.
+    """
+    beta = 1.0 if add else 0.0
     if left.dtype == out.dtype:
-        return out.addmm_(left, right, beta=1.0 if add else 0.0)
-    product = torch.mm(left, right, out_dtype=out.dtype)
-    return out.add_(product) if add else out.copy_(product)
+        return out.addmm_(left, right, beta=beta, alpha=factor)
+    return torch.addmm(out, left, right, beta=beta, alpha=factor, out_dtype=out.dtype, out=out)
 
 
 def _named(plan: Plan, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:

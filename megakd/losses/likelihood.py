@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import LossInputError
-from megakd.losses.statistics import Chunk, RowLoss, check_logits, exp_, logits_row_loss
+from megakd.losses.statistics import Chunk, KernelForm, RowLoss, check_logits, exp_, logits_row_loss
 
 
 class LogProb(RowLoss):
@@ -40,6 +40,13 @@ class LogProb(RowLoss):
         (student_CV,), (lse_C,) = block.logits, saved_SC
         exp_(student_CV.sub_(lse_C[:, None])).neg_()
         add_at_labels(student_CV, self.labels_T, block)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("log_prob", labels_T=self.labels_T)
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        label_C = label_logits(chunk.logits[0], state_SC[0], self.labels_T, chunk)
+        return torch.stack([(sums_SPC[0] * shift_RPC[0].exp()).sum(0), label_C])
 
 
 def label_logits(student_CV: Tensor, max_C: Tensor, labels_T: Tensor, block: Chunk) -> Tensor:

@@ -7,7 +7,9 @@ the vocabulary is left for the backward pass. Plain autograd over an all-reduce 
 gradient.
 
 On a CPU a chunk is worked through in blocks of a few rows, which stay in the processor's cache from one operation to
-the next; the matrix products that make the logits want many more rows than that.
+the next; the matrix products that make the logits want many more rows than that. On CUDA the passes over the logits are
+Triton kernels (kernels/) where a loss has them: each pass reads the logits once, and the first one finds maxima and
+sums together. A loss then shares `combine` and what it saves with its torch form.
 
 Two autograd functions run a `RowLoss`: `logits_row_loss` here, and `hidden_row_loss` in hidden_states.py.
 
@@ -17,9 +19,11 @@ token.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -36,6 +40,12 @@ LOG2_E = math.log2(math.e)
 LOWEST_LOGIT = -1e3
 """Logits given as tensors count as this where they are lower (-inf included): exp is exactly 0 at it and differences
 stay finite, so that no 0 * inf or inf - inf arises where a model rules a token out."""
+KERNEL_DEVICES = {"cuda"}
+"""Types of devices on which losses run as Triton kernels, where they have them and statistics are float32. Tests add
+"cpu", where Triton's interpreter runs them."""
+ROW_BYTES = 128
+"""The kernels' rows begin at multiples of this: whatever the vocabulary, a row is read in whole sectors of memory, and
+the matrix products meet no odd leading dimension."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,35 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class KernelForm:
+    """What the kernels compute of a row loss: which loss, and what `combined.py` puts around it."""
+
+    kind: str
+    """log_prob, advantage, or a kind of divergence."""
+    beta: float = 1.0
+    labels_T: Tensor | None = None
+    inner_weights_T: Tensor | None = None
+    log_prob_weights_T: Tensor | None = None
+    """With weights there are log-probabilities beside the loss."""
+    temperature: float = 1.0
+    cap: float | None = None
+    """The student's logits were softcapped at this."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Some tokens' local logits of all models [C, V] each, and scratch of at least the size of a block.
 
-    `rows` are the tokens' places in T.
+    `rows` are the tokens' places in T; `gradient_CV` is where the gradient is left, which may be the student's logits.
+    With a `form` the kernels work on it, all rows at once and without scratch.
     """
 
     logits: list[Tensor]
     spares: list[Tensor]
     rows: slice
     columns: Columns
+    gradient_CV: Tensor
+    form: KernelForm | None = None
 
     def blocks(self) -> Iterator[tuple[slice, Chunk]]:
         """Runs of rows that are worked on together, with their places in C."""
@@ -74,7 +103,8 @@ class Chunk:
             part = slice(start, min(start + size, tokens))
             spares = [spare[: part.stop - part.start] for spare in self.spares]
             rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
-            yield part, Chunk([logits[part] for logits in self.logits], spares, rows, self.columns)
+            logits = [logits[part] for logits in self.logits]
+            yield part, replace(self, logits=logits, spares=spares, rows=rows, gradient_CV=self.gradient_CV[part])
 
 
 class RowLoss:
@@ -117,16 +147,30 @@ class RowLoss:
         row. The other models' logits and the scratch may be written too."""
         raise NotImplementedError
 
+    def kernel_form(self) -> KernelForm | None:
+        """What the kernels compute of it; None where it has torch operations only."""
+        return None
+
+    def from_parts(self, sums_SPC: Tensor, shift_RPC: Tensor, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        """`local_sums` of the first pass, from the kernels': those of parts, relative to the parts' own maxima, which
+        `shift_RPC` are more than the state's (0 or less)."""
+        raise NotImplementedError
+
+    def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
+        """`local_sums` of a later pass by the kernels."""
+        raise NotImplementedError
+
 
 def run_chunk(loss: RowLoss, chunk: Chunk, *, with_gradient: bool) -> Tensor:
-    """The last state [S, C] of a chunk, value first; `with_gradient` leaves the gradient in the student's logits.
+    """The last state [S, C] of a chunk, value first; `with_gradient` leaves the gradient in `chunk.gradient_CV`.
 
     Where the vocabulary is cut, the whole chunk's sums go over the ranks together. Where it is not, a block is finished
     before the next is begun, and comes from memory once.
 
     Collectives: those of `evaluate`, once.
     """
-    parts = [chunk] if chunk.columns.group is not None else [block for _, block in chunk.blocks()]
+    whole = chunk.columns.group is not None or chunk.form is not None
+    parts = [chunk] if whole else [block for _, block in chunk.blocks()]
     states = []
     for part in parts:
         states.append(evaluate(loss, part))
@@ -136,31 +180,46 @@ def run_chunk(loss: RowLoss, chunk: Chunk, *, with_gradient: bool) -> Tensor:
 
 
 def give_gradient(loss: RowLoss, chunk: Chunk, saved_SC: Tensor) -> None:
-    """Turns a chunk's logits of the student into the gradient of its values."""
+    """Writes the gradient of a chunk's values to `chunk.gradient_CV`; the logits may be lost."""
+    if chunk.form is not None:
+        kernels().write_gradient(chunk, saved_SC)
+        return
     for part, block in chunk.blocks():
         loss.gradient(block, saved_SC[:, part])
 
 
 def evaluate(loss: RowLoss, chunk: Chunk) -> Tensor:
     """The last state [S, C] of a chunk: value first. Collectives: one MAX, and one SUM for each pass."""
-    state_SC = row_maxima(loss, chunk)
+    maxima_RPC = parts_SPC = None
+    if chunk.form is None:
+        state_SC = local_maxima(loss, chunk)
+    else:
+        maxima_RPC, parts_SPC = kernels().local_statistics(chunk)
+        state_SC = maxima_RPC.amax(1)
+    if chunk.columns.group is not None:
+        dist.all_reduce(state_SC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
     for number in range(loss.passes):
-        local = [loss.local_sums(number, block, state_SC[:, part]) for part, block in chunk.blocks()]
-        state_SC = loss.combine(number, state_SC, sum_over_ranks(torch.cat(local, 1), chunk.columns), chunk)
+        if chunk.form is None:
+            local = [loss.local_sums(number, block, state_SC[:, part]) for part, block in chunk.blocks()]
+            local_SC = torch.cat(local, 1)
+        elif number == 0:
+            local_SC = loss.from_parts(parts_SPC, maxima_RPC - state_SC[:, None], chunk, state_SC)
+        else:
+            local_SC = loss.kernel_sums(number, chunk, state_SC)
+        state_SC = loss.combine(number, state_SC, sum_over_ranks(local_SC, chunk.columns), chunk)
     return state_SC
 
 
-def row_maxima(loss: RowLoss, chunk: Chunk) -> Tensor:
-    """The loss's maxima of each row over all ranks. One MAX all-reduce."""
-    blocks = [block for _, block in chunk.blocks()]
+def local_maxima(loss: RowLoss, chunk: Chunk) -> Tensor:
+    """The loss's maxima of each row over this rank's columns, -inf where it has none."""
     if chunk.columns.width:
-        maxima_SC = torch.cat([loss.local_maxima(block) for block in blocks], 1)
-    else:
-        tokens = chunk.rows.stop - chunk.rows.start
-        maxima_SC = chunk.logits[0].new_full((loss.maxima, tokens), float("-inf"))
-    if chunk.columns.group is not None:
-        dist.all_reduce(maxima_SC, op=dist.ReduceOp.MAX, group=chunk.columns.group)
-    return maxima_SC
+        return torch.cat([loss.local_maxima(block) for _, block in chunk.blocks()], 1)
+    return chunk.logits[0].new_full((loss.maxima, chunk.rows.stop - chunk.rows.start), float("-inf"))
+
+
+def kernels() -> ModuleType:
+    """The Triton kernels, imported where they are to run: a CPU does without. ModelError where Triton is missing."""
+    return importlib.import_module("megakd.losses.kernels")
 
 
 def sum_over_ranks(sums_SC: Tensor, columns: Columns) -> Tensor:
@@ -310,9 +369,9 @@ class _FromLogits(torch.autograd.Function):
         gradient_TV = torch.zeros_like(logits[0])
         for rows in load.chunks:
             for _, block in load(rows).blocks():
-                loss.gradient(block, saved_ST[:, block.rows])
+                give_gradient(loss, block, saved_ST[:, block.rows])
                 weight_C1 = (upstream_T[block.rows] * scale)[:, None]
-                gradient_TV[block.rows, : columns.width] = block.logits[0].mul_(weight_C1)
+                gradient_TV[block.rows, : columns.width] = block.gradient_CV.mul_(weight_C1)
         return None, None, None, None, gradient_TV, *(None for _ in logits[1:])
 
 
@@ -324,21 +383,56 @@ class _LogitsChunks:
         tokens, device = logits[0].shape[0], logits[0].device
         self.chunks = chunks(tokens, LOGITS_CHUNK_TOKENS)
         rows = min(tokens, LOGITS_CHUNK_TOKENS)
-        self.buffers, self.spares = scratch(loss, rows, columns.width, statistics_dtype(logits[0]), device)
+        dtype = statistics_dtype(logits[0])
+        self.room = Room(loss, rows, columns, dtype, device, gradient_dtype=dtype)
 
     def __call__(self, rows: slice) -> Chunk:
-        buffers = [buffer[: rows.stop - rows.start] for buffer in self.buffers]
-        for logits_TV, buffer_CV in zip(self.logits, buffers, strict=True):
+        chunk = self.room.chunk(rows)
+        for logits_TV, buffer_CV in zip(self.logits, chunk.logits, strict=True):
             buffer_CV.copy_(logits_TV[rows, : self.columns.width]).clamp_(min=LOWEST_LOGIT)
             if self.scale != 1.0:
                 buffer_CV.mul_(self.scale)
-        return Chunk(buffers, self.spares, rows, self.columns)
+        return chunk
 
 
-def scratch(
-    loss: RowLoss, rows: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Room for the logits of a chunk of `rows` tokens, and for the spares of a block."""
-    in_block = min(rows, block_rows(width, device))
-    room = [torch.empty(rows, width, dtype=dtype, device=device) for _ in range(loss.roles)]
-    return room, [torch.empty(in_block, width, dtype=dtype, device=device) for _ in range(loss.spares)]
+class Room:
+    """Memory for the logits of a chunk of at most `rows` tokens, and what a loss needs beside it, used again and again.
+
+    With kernels the gradient has memory of its own where it is wanted in another dtype: its product with the head takes
+    16-bit numbers, and is spared a pass that rounds it.
+    """
+
+    def __init__(
+        self,
+        loss: RowLoss,
+        rows: int,
+        columns: Columns,
+        dtype: torch.dtype,
+        device: torch.device,
+        gradient_dtype: torch.dtype,
+    ):
+        self.columns, self.gradient = columns, None
+        self.form = loss.kernel_form() if device.type in KERNEL_DEVICES and dtype == torch.float32 else None
+        if self.form is None:
+            in_block = min(rows, block_rows(columns.width, device))
+            shapes = [(rows, columns.width)] * loss.roles + [(in_block, columns.width)] * loss.spares
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            self.logits, self.spares = tensors[: loss.roles], tensors[loss.roles :]
+            return
+        self.logits = [_aligned_rows(rows, columns.width, dtype, device) for _ in range(loss.roles)]
+        self.spares: list[Tensor] = []
+        if gradient_dtype != dtype:
+            self.gradient = _aligned_rows(rows, columns.width, gradient_dtype, device)
+
+    def chunk(self, rows: slice) -> Chunk:
+        """The memory for the tokens at `rows`."""
+        tokens = rows.stop - rows.start
+        logits = [buffer[:tokens] for buffer in self.logits]
+        gradient_CV = logits[0] if self.gradient is None else self.gradient[:tokens]
+        return Chunk(logits, self.spares, rows, self.columns, gradient_CV, self.form)
+
+
+def _aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory [rows, width] whose rows begin at multiples of ROW_BYTES."""
+    step = ROW_BYTES // dtype.itemsize
+    return torch.empty(rows, -(-width // step) * step, dtype=dtype, device=device)[:, :width]

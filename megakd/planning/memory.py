@@ -207,9 +207,13 @@ def _loss(setup: TrainingSetup) -> float:
     """Hidden states at the loss positions and their gradient, the head's gradients, and a chunk's logits."""
     trained, work = setup.trained, setup.work.roles["student"]
     columns = head_columns(trained.architecture, trained.parallel.tensor)
-    widest = max(call.models * min(setup.chunk_tokens, max(each.rows(call.kinds) for each in work.micro_batches))
+    # Beside the logits a CPU has a block's scratch, and CUDA's kernels the gradient in the head's 16 bits.
+    scratch = 0.125 * STATISTICS_BYTES if setup.device == "cpu" else 0.0
+    gradient = setup.parameter_bytes if setup.device != "cpu" and setup.parameter_bytes < STATISTICS_BYTES else 0
+    widest = max((call.models * (STATISTICS_BYTES + scratch) + gradient)
+                 * min(setup.chunk_tokens, max(each.rows(call.kinds) for each in work.micro_batches))
                  for call in setup.losses)
-    return _rows(setup) + _head_gradients(setup) + 1.125 * widest * columns * STATISTICS_BYTES  # and a block's scratch
+    return _rows(setup) + _head_gradients(setup) + widest * columns
 
 
 def _rows(setup: TrainingSetup) -> float:

@@ -458,6 +458,13 @@ def test_more_ranks_than_gpus(raw, tmp_path, monkeypatch):
     assert message.startswith("device = 'cuda': every rank takes a GPU of its own; here are 2 ranks, and torch sees 1 ")
 
 
+def test_cuda_without_triton(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else object())
+    message = refused(raw | {"device": "cuda"}, tmp_path, ConfigError)
+    assert message.startswith("device = 'cuda': the losses on CUDA are Triton's kernels, which is not installed")
+
+
 @pytest.mark.parametrize(
     "capability, recipe, cuda, field",
     [

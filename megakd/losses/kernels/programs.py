@@ -1,0 +1,290 @@
+"""The Triton programs; launch.py says what they are given, and how large they are.
+
+A program works on one row's run of columns in float32, whatever the logits' dtype. Places in a matrix are counted in 64
+bits, since rows x columns exceeds 2^31 at T = 8192 and V = 262144. Only features that Triton 3.6 has are used, and no
+libdevice functions, so that Triton's interpreter runs all of it on a CPU.
+
+Legend: C tokens of a chunk, V local vocabulary columns, P parts of a row, B bins, K candidates.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(-1e30)
+"""In the place of a logit that is not there. Finite, since differences of two must be numbers; its exp is 0."""
+MASS_UNIT = tl.constexpr(float(2**40))
+"""Masses of bins are added up as whole numbers of 2^-40, whose sum no order of the additions changes."""
+
+
+@triton.jit
+def _log_of_one_and(tiny):
+    """log(1 + x) for x in [0, 1], to the last digits of small x too: 2 artanh(x / (2 + x)).
+
+    The series' first term that is left out is 1e-9 of the first one at x = 1.
+    """
+    ratio = tiny / (2.0 + tiny)
+    square = ratio * ratio
+    series = square * (1.0 / 15.0) + 1.0 / 13.0
+    series = series * square + 1.0 / 11.0
+    series = series * square + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    return 2.0 * ratio * (series * square + 1.0)
+
+
+@triton.jit
+def _softplus_of_minus_abs(x):
+    """log(1 + exp(-|x|))."""
+    return _log_of_one_and(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def statistics_program(
+    out_ptr, student_ptr, teacher_ptr, reference_ptr, student_stride, teacher_stride, reference_stride,
+    width, part_width, temperature, KIND: tl.constexpr, LOG_PROBS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A part's maxima, and its sums relative to these: [maxima and sums, P, C], in the order of the torch form.
+
+    The sums so far are rescaled whenever a block of columns has a higher maximum, so each logit is read once.
+    """
+    TEACHER: tl.constexpr = KIND != "log_prob"
+    row, part = tl.program_id(0), tl.program_id(1)
+    first = part * part_width
+    last = tl.minimum(first + part_width, width)
+    student_ptr += row.to(tl.int64) * student_stride
+    teacher_ptr += row.to(tl.int64) * teacher_stride
+    reference_ptr += row.to(tl.int64) * reference_stride
+    student_max, teacher_max, third_max = -1e30, -1e30, -1e30
+    student_sum, teacher_sum, reference_sum, cross, teacher_cross, warm_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(first, last, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < last
+        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        if TEACHER:
+            teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        if KIND == "advantage":
+            reference = tl.load(reference_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        higher = tl.maximum(student_max, tl.max(student, axis=0))
+        student_step = student_max - higher
+        student_max = higher
+        student -= student_max
+        student_exp = tl.exp(student)
+        student_scale = tl.exp(student_step)
+        # The cross sums come before the plain ones, as they need those of the columns before.
+        if TEACHER:
+            if KIND == "akl":
+                third_max = tl.maximum(third_max, tl.max(tl.where(inside, -teacher, NOTHING), axis=0))
+            higher = tl.maximum(teacher_max, tl.max(teacher, axis=0))
+            teacher_step = teacher_max - higher
+            teacher_max = higher
+            teacher -= teacher_max
+            teacher_exp = tl.exp(teacher)
+            teacher_scale = tl.exp(teacher_step)
+            if KIND == "forward_kl":
+                cross = teacher_scale * (cross + (teacher_step - student_step) * teacher_sum)
+                cross += tl.sum(teacher_exp * (teacher - student), axis=0)
+            if KIND == "reverse_kl" or KIND == "akl":
+                cross = student_scale * (cross + (student_step - teacher_step) * student_sum)
+                cross += tl.sum(student_exp * (student - teacher), axis=0)
+            if KIND == "akl":
+                teacher_cross = teacher_scale * (teacher_cross + (student_step - teacher_step) * teacher_sum)
+                teacher_cross += tl.sum(teacher_exp * (student - teacher), axis=0)
+            if KIND == "advantage":
+                higher = tl.maximum(third_max, tl.max(reference, axis=0))
+                reference_step = third_max - higher
+                third_max = higher
+                reference -= third_max
+                cross = student_scale * (cross + (teacher_step - reference_step) * student_sum)
+                cross += tl.sum(student_exp * (teacher - reference), axis=0)
+                reference_sum = reference_sum * tl.exp(reference_step) + tl.sum(tl.exp(reference), axis=0)
+            teacher_sum = teacher_sum * teacher_scale + tl.sum(teacher_exp, axis=0)
+        student_sum = student_sum * student_scale + tl.sum(student_exp, axis=0)
+        if LOG_PROBS:
+            warm_sum = warm_sum * tl.exp(student_step * temperature) + tl.sum(tl.exp(student * temperature), axis=0)
+
+    step = tl.num_programs(1) * tl.num_programs(0)
+    out_ptr += part * tl.num_programs(0) + row
+    tl.store(out_ptr, student_max)
+    if TEACHER:
+        out_ptr += step
+        tl.store(out_ptr, teacher_max)
+    if KIND == "akl" or KIND == "advantage":
+        out_ptr += step
+        tl.store(out_ptr, third_max)
+    out_ptr += step
+    tl.store(out_ptr, student_sum)
+    if TEACHER:
+        out_ptr += step
+        tl.store(out_ptr, teacher_sum)
+    if KIND == "advantage":
+        out_ptr += step
+        tl.store(out_ptr, reference_sum)
+    if TEACHER and KIND != "jsd":
+        out_ptr += step
+        tl.store(out_ptr, cross)
+    if KIND == "akl":
+        out_ptr += step
+        tl.store(out_ptr, teacher_cross)
+    if LOG_PROBS:
+        out_ptr += step
+        tl.store(out_ptr, warm_sum)
+
+
+@triton.jit
+def mixture_program(
+    out_ptr, student_ptr, teacher_ptr, numbers_ptr, student_stride, teacher_stride, numbers_stride,
+    width, part_width, BLOCK: tl.constexpr,
+):
+    """A part's sums of JSD's second pass [2, P, C]: of exp(student) softplus(x) and exp(teacher) softplus(-x).
+
+    `numbers` are [3, C]: both maxima, and what x is more than the difference of the logits.
+    """
+    row, part = tl.program_id(0), tl.program_id(1)
+    first = part * part_width
+    last = tl.minimum(first + part_width, width)
+    student_ptr += row.to(tl.int64) * student_stride
+    teacher_ptr += row.to(tl.int64) * teacher_stride
+    student_max = tl.load(numbers_ptr + row)
+    teacher_max = tl.load(numbers_ptr + numbers_stride + row)
+    shift = tl.load(numbers_ptr + 2 * numbers_stride + row)
+    student_sum, teacher_sum = 0.0, 0.0
+    for start in range(first, last, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < last
+        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        x = teacher - student + shift
+        tail = _softplus_of_minus_abs(x)
+        student_sum += tl.sum(tl.exp(student - student_max) * (tl.maximum(x, 0.0) + tail), axis=0)
+        teacher_sum += tl.sum(tl.exp(teacher - teacher_max) * (tl.maximum(-x, 0.0) + tail), axis=0)
+    out_ptr += part * tl.num_programs(0) + row
+    tl.store(out_ptr, student_sum)
+    tl.store(out_ptr + tl.num_programs(1) * tl.num_programs(0), teacher_sum)
+
+
+@triton.jit
+def gradient_program(
+    out_ptr, student_ptr, teacher_ptr, reference_ptr, saved_ptr, labels_ptr, weights_ptr,
+    out_stride, student_stride, teacher_stride, reference_stride, saved_stride, lse_place, rows,
+    width, blocks, beta, temperature, cap,
+    KIND: tl.constexpr, LOG_PROBS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """d value / d student logits of one block of one row; `out` may be the student's logits themselves.
+
+    `saved` are the numbers [., C] that the loss keeps, the one at `lse_place` for the log-probabilities beside it;
+    `labels` local columns [C]; `weights` [2, C], of the loss and of the log-probabilities beside it.
+    """
+    program = tl.program_id(0)
+    row = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    student = tl.load(student_ptr + row.to(tl.int64) * student_stride + columns, mask=inside, other=0.0)
+    student = student.to(tl.float32)
+    if KIND != "log_prob":
+        teacher = tl.load(teacher_ptr + row.to(tl.int64) * teacher_stride + columns, mask=inside, other=0.0)
+        teacher = teacher.to(tl.float32)
+    if KIND == "advantage":
+        reference = tl.load(reference_ptr + row.to(tl.int64) * reference_stride + columns, mask=inside, other=0.0)
+        reference = reference.to(tl.float32)
+    saved_ptr += row
+    prob = tl.exp(student - tl.load(saved_ptr))  # every loss keeps the student's log of the sum of exponentials first
+    if KIND == "log_prob":
+        gradient = tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0) - prob
+    if KIND == "forward_kl":
+        gradient = prob - tl.exp(teacher - tl.load(saved_ptr + saved_stride))
+    if KIND == "reverse_kl":
+        gradient = prob * (student - teacher - tl.load(saved_ptr + saved_stride))
+    if KIND == "advantage":
+        gradient = prob * ((teacher - reference - tl.load(saved_ptr + saved_stride)) * beta)
+    if KIND == "jsd":
+        x = teacher - student + tl.load(saved_ptr + saved_stride)
+        part = tl.maximum(x, 0.0) + _softplus_of_minus_abs(x) - tl.load(saved_ptr + 2 * saved_stride)
+        gradient = prob * (part * (beta - 1.0))
+    if KIND == "akl":
+        log_prob, teacher_log_prob = student - tl.load(saved_ptr), teacher - tl.load(saved_ptr + saved_stride)
+        reverse, head_share = tl.load(saved_ptr + 2 * saved_stride), tl.load(saved_ptr + 3 * saved_stride)
+        gradient = prob * ((log_prob - teacher_log_prob - reverse) * (1.0 - head_share) + head_share)
+        gradient -= tl.exp(teacher_log_prob) * head_share
+    if LOG_PROBS:
+        warm_prob = tl.exp(student * temperature - tl.load(saved_ptr + lse_place * saved_stride))
+        of_label = tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0) - warm_prob
+        # The caller divides by the temperature, which the log-probabilities have nothing to do with.
+        log_prob_weight = tl.load(weights_ptr + rows + row) * temperature
+        gradient = gradient * tl.load(weights_ptr + row) + of_label * log_prob_weight
+    if SOFTCAP:
+        gradient *= 1.0 - (student / cap) * (student / cap)
+    tl.store(out_ptr + row.to(tl.int64) * out_stride + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------------------------------------------------- AKL
+@triton.jit
+def masses_program(
+    out_ptr, teacher_ptr, numbers_ptr, teacher_stride, numbers_stride, width, blocks,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Adds one block's exp(teacher) to its row's bins [C, B], whole numbers of 1 / MASS_UNIT.
+
+    `numbers` are [2, C]: the teacher's maximum, and bins a logit.
+    """
+    program = tl.program_id(0)
+    row = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    teacher = tl.load(teacher_ptr + row.to(tl.int64) * teacher_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    teacher_max = tl.load(numbers_ptr + row)
+    place = (teacher_max - teacher) * tl.load(numbers_ptr + numbers_stride + row)
+    # Clamped as a number of bins first, and as an index again: what is not finite must not be an index out of range.
+    bins = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(tl.int32)
+    bins = tl.minimum(tl.maximum(bins, 0), BINS - 1)
+    mass = (tl.exp(teacher - teacher_max) * MASS_UNIT + 0.5).to(tl.int64)
+    tl.atomic_add(out_ptr + row.to(tl.int64) * BINS + bins, mass, mask=inside)
+
+
+@triton.jit
+def gaps_program(
+    out_ptr, held_ptr, counts_ptr, student_ptr, teacher_ptr, numbers_ptr, student_stride, teacher_stride,
+    numbers_stride, width, part_width, first_id, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A part's sums [2, P, C] of |P - Q|, over all and over the bins before the head's last one; and that bin's tokens.
+
+    These go to `held` [3, K, C] (logit, id, gap) as long as there is room, in any order; `counts` [C] says how many
+    there are. `numbers` are [6, C]: both logs of the sums of exponentials, the teacher's maximum, bins a logit, the
+    head's last bin and where it ends.
+    """
+    row, part = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0)
+    first = part * part_width
+    last = tl.minimum(first + part_width, width)
+    student_ptr += row.to(tl.int64) * student_stride
+    teacher_ptr += row.to(tl.int64) * teacher_stride
+    lse = tl.load(numbers_ptr + row)
+    teacher_lse = tl.load(numbers_ptr + numbers_stride + row)
+    teacher_max = tl.load(numbers_ptr + 2 * numbers_stride + row)
+    bins_a_logit = tl.load(numbers_ptr + 3 * numbers_stride + row)
+    bin_start = tl.load(numbers_ptr + 4 * numbers_stride + row)
+    bin_end = tl.load(numbers_ptr + 5 * numbers_stride + row)
+    all_gaps, gaps_before = 0.0, 0.0
+    for start in range(first, last, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < last
+        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        gap = tl.abs(tl.exp(student - lse) - tl.exp(teacher - teacher_lse))
+        place = (teacher_max - teacher) * bins_a_logit
+        all_gaps += tl.sum(gap, axis=0)
+        gaps_before += tl.sum(tl.where(place < bin_start, gap, 0.0), axis=0)
+        in_bin = inside & (place >= bin_start) & (place < bin_end)
+        found = tl.sum(in_bin.to(tl.int32), axis=0)
+        if found > 0:
+            held = tl.atomic_add(counts_ptr + row, found) + tl.cumsum(in_bin.to(tl.int32), axis=0) - 1
+            fits = in_bin & (held < CANDIDATES)
+            slot_ptr = held_ptr + held.to(tl.int64) * rows + row
+            tl.store(slot_ptr, teacher, mask=fits)
+            tl.store(slot_ptr + CANDIDATES * rows, (columns + first_id).to(tl.float32), mask=fits)
+            tl.store(slot_ptr + 2 * CANDIDATES * rows, gap, mask=fits)
+    out_ptr += part * rows + row
+    tl.store(out_ptr, all_gaps)
+    tl.store(out_ptr + tl.num_programs(1) * rows, gaps_before)
