@@ -202,7 +202,7 @@ def fastest_setting(contestant: Contestant, inputs: Inputs, row: dict[str, Any])
     seconds = {}
     for setting in contestant.settings:
         function = contestant.prepare(inputs, setting)
-        seconds[setting] = min(measure.seconds_of(function) for _ in range(2))
+        seconds[setting] = min(measure.seconds_of(function).wall for _ in range(2))
     row["sweep"] = {str(setting): value for setting, value in seconds.items()}
     return min(seconds, key=seconds.__getitem__)
 
