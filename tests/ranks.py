@@ -202,6 +202,7 @@ def _start_gloo(rank: int, world: int, directory: str) -> None:
 def _start_cuda(rank: int, world: int, port: int) -> None:
     from megakd.mcore import runtime  # it imports megatron-core, which few of the tests on gloo need
 
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 products in float32, as on the CPU; cuBLAS reads it at its start
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     runtime.start("cuda", timeout=timedelta(minutes=10))
