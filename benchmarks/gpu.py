@@ -29,7 +29,7 @@ from megakd.disk import write_json_atomic, write_text_atomic
 
 ROOT = Path(__file__).parents[1]
 FP8 = ("tensorwise", "delayed", "blockwise")
-"""Recipes that Hopper has."""
+"""Recipes that Hopper has; a CPU emulates them."""
 SLOWER = 5
 """Times that a part's limit is longer on a CPU, which may have other things to do."""
 LOG_END = 3000
@@ -108,7 +108,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = "" if options.quickstart_models or options.small else "--quickstart-models is not given"
     found = [
         Part("te_smoke", 120, smoke or no_gpu), Part("environment", 75), Part("models", 90), Part("training:bf16", 90),
-        *(Part(f"training:{recipe}", 90, no_gpu) for recipe in FP8), Part("loss_kernels", 60), Part("fused_losses", 90),
+        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("loss_kernels", 60), Part("fused_losses", 90),
         Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models),
     ]
     if options.only:

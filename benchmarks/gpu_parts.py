@@ -230,7 +230,7 @@ def models(options: Options) -> None:
 # ----------------------------------------------------------------------------------------------------------- training
 def training(options: Options, recipe: str) -> None:
     """Steps of a student with its teacher, then of the student alone, in a precision: "bf16" or an FP8 recipe."""
-    precision = precision_of(recipe)
+    precision = precision_of(recipe, options.device)
     world = start_alone(options.device)
     found: dict[str, Any] = {"precision": recipe, "utilisation": UTILISATION}
     trainings = {"with its teacher": (DckdObjective(), (Kind.CHOSEN, Kind.REJECTED)),
@@ -244,9 +244,11 @@ def training(options: Options, recipe: str) -> None:
             torch.cuda.empty_cache()
 
 
-def precision_of(recipe: str) -> Precision:
-    """`fp32`, `bf16`, or FP8 by a recipe."""
-    return Precision(dtype=recipe) if recipe in ("fp32", "bf16") else Precision(dtype="fp8", fp8_recipe=recipe)
+def precision_of(recipe: str, device: str) -> Precision:
+    """`fp32`, `bf16`, or FP8 by a recipe, which is emulated on a CPU."""
+    if recipe in ("fp32", "bf16"):
+        return Precision(dtype=recipe)
+    return Precision(dtype="fp8", fp8_recipe=recipe, emulate=device == "cpu")
 
 
 def distillation(options: Options, shapes: Shapes, objective: Objective, kinds: tuple[Kind, ...],
@@ -379,7 +381,7 @@ def cut(options: Options) -> list[dict[str, float]]:
     # Short sequences: what is compared does not grow with them.
     shapes = replace(options.shapes, student=options.shapes.cut, prompt=min(options.shapes.prompt, 128),
                      answer=min(options.shapes.answer, 384))
-    precision = precision_of("bf16" if options.device == "cuda" else "fp32")
+    precision = precision_of("bf16" if options.device == "cuda" else "fp32", options.device)
     case = distillation(options, shapes, SftObjective(), (Kind.CHOSEN,), precision)
     parallel = Parallel(tensor=torch.distributed.get_world_size())
     job = Job(replace(case, directories={"student": str(options.folder / "cut")}, parallels={"student": parallel}))

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from megakd.check_precision import LEAST_CAPABILITY
+
 GPUS = torch.cuda.device_count()
 NO_CUDA = ("no CUDA device" if GPUS == 0 else
            "Transformer Engine is not installed" if importlib.util.find_spec("transformer_engine") is None else "")
@@ -23,9 +25,6 @@ def on_cuda(*values: object, unless: str = NO_CUDA):
 
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", on_cuda()])
-RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-LEAST = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""Compute capability that each FP8 recipe needs."""
 
 
 def lacking(recipe: str) -> str:
@@ -33,4 +32,5 @@ def lacking(recipe: str) -> str:
     if NO_CUDA:
         return NO_CUDA
     capability = torch.cuda.get_device_capability()
-    return "" if capability >= LEAST[recipe] else f"the GPU has compute capability {capability}, {recipe} needs more"
+    enough = capability >= LEAST_CAPABILITY[recipe]
+    return "" if enough else f"the GPU has compute capability {capability}, {recipe} needs more"

@@ -78,7 +78,8 @@ def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSet
     """The planner's view of a case's first step."""
     requires = build_objective(case.objective).requires
     roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
-                             case.micro_batches[role], case.recompute if role == "student" else "none")
+                             case.micro_batches[role], case.recompute if role == "student" else "none",
+                             case.precision.holds_fp8_weights(trained=role == "student"))
              for role in ("student", *requires.teachers)}
     paddings = {role: Padding(rows_multiple(case.precision, setup.parallel),
                               uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
