@@ -408,6 +408,8 @@ def fused_losses(options: Options) -> None:
 
 def loss_kernels(options: Options) -> None:
     """benchmarks/loss_kernels.py: bytes a second of each kernel beside a copy's, on logits of both dtypes."""
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     from benchmarks.loss_kernels import cases
 
     from megakd.planning.calibrate import seconds_of

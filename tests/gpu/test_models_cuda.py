@@ -168,8 +168,8 @@ def test_a_training_goes_as_in_float32(directories, losses_in_float32, device, n
     losses = [each["loss"] for each in metrics]
     print(f"{device} {name}: losses {losses}, in float32 on the CPU {losses_in_float32}")
     assert losses[0] - losses[-1] > 0.1, "the training does not train"
-    # Of bf16 twice what it is on a CPU.
-    assert losses == pytest.approx(losses_in_float32, rel=0.02 if name == "bf16" else 0.1)
+    # Twice what it is on a CPU: 0.010 in bf16, and of the emulated recipes 0.015.
+    assert losses == pytest.approx(losses_in_float32, rel=0.02 if name == "bf16" else 0.03)
 
 
 @pytest.mark.gpu
