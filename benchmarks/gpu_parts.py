@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import timed_steps
+from benchmarks.measure import seconds_of, timed_steps
 from megakd.batch import Group, Kind, Sample
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import DckdObjective, Objective, SftObjective
@@ -70,6 +70,7 @@ class Shapes:
     loss_hidden: int
     loss_vocabulary: int
     kernel_rows: int
+    kernel_repeats: int
     copied_bytes: int
     rows: int
     """Of the matrix products that are timed: a micro-batch's tokens."""
@@ -80,13 +81,13 @@ FULL = Shapes(
     teacher=llama(4096, 32, 32, 32, 11008, 128256, tied=False),  # as Llama 2 7B, with the student's vocabulary
     cut=llama(1024, 4, 16, 4, 2816, 32000, tied=True),
     prompt=512, answer=1536, micro_batch=2, global_batch=4, chunk_tokens=2048, warm_up=3, steps=12, loss_tokens=8192,
-    loss_hidden=4096, loss_vocabulary=128256, kernel_rows=4096, copied_bytes=1 << 32, rows=8192,
+    loss_hidden=4096, loss_vocabulary=128256, kernel_rows=4096, kernel_repeats=15, copied_bytes=1 << 32, rows=8192,
 )
 SMALL = Shapes(
     student=llama(64, 2, 4, 2, 96, 320, tied=True), teacher=llama(96, 2, 4, 4, 128, 320, tied=False),
     cut=llama(64, 2, 4, 2, 96, 320, tied=True), prompt=6, answer=10, micro_batch=1, global_batch=2, chunk_tokens=16,
-    warm_up=1, steps=2, loss_tokens=48, loss_hidden=16, loss_vocabulary=96, kernel_rows=8, copied_bytes=1 << 16,
-    rows=32,
+    warm_up=1, steps=2, loss_tokens=48, loss_hidden=16, loss_vocabulary=96, kernel_rows=2, kernel_repeats=1,
+    copied_bytes=1 << 16, rows=32,
 )
 
 
@@ -139,7 +140,8 @@ def start_alone(device: str) -> World:
 # -------------------------------------------------------------------------------------------------------- environment
 def environment(options: Options) -> None:
     """Versions, the card, and its floors: copies, and matrix products at the shapes that are used."""
-    from megakd.planning.calibrate import Cold, seconds_of
+    from megakd.planning.calibrate import Cold
+    from megakd.planning.calibrate import seconds_of as seconds_a_call
 
     found: dict[str, Any] = {"versions": versions(), "card": card(options.device)}
     options.write(found)
@@ -159,7 +161,7 @@ def environment(options: Options) -> None:
             input_MK, weight_NK = operands.next()
             return input_MK @ weight_NK.t()
 
-        row["bf16_tflops"] = operations / seconds_of(world, bf16, 4) / 1e12
+        row["bf16_tflops"] = operations / seconds_a_call(world, bf16, 4) / 1e12
         found["gemms"].append(row)
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
             one = torch.ones((), device=device)
@@ -169,16 +171,16 @@ def environment(options: Options) -> None:
                 input_MK, weight_NK = operands.next()
                 return torch._scaled_mm(input_MK, weight_NK.t(), one, one, out_dtype=torch.bfloat16)
 
-            row["fp8_tflops"] = operations / seconds_of(world, fp8, 4) / 1e12
+            row["fp8_tflops"] = operations / seconds_a_call(world, fp8, 4) / 1e12
         options.write(found)
 
 
 def copy_rate(world: World, source: torch.Tensor) -> float:
     """Bytes a second, read and written, of copies of a tensor on its device."""
-    from megakd.planning.calibrate import seconds_of
+    from megakd.planning.calibrate import seconds_of as seconds_a_call
 
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(world, lambda: target.copy_(source), 4)
+    return 2 * source.nbytes / seconds_a_call(world, lambda: target.copy_(source), 4)
 
 
 def versions() -> dict[str, str | None]:
@@ -412,8 +414,6 @@ def loss_kernels(options: Options) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     from benchmarks.loss_kernels import cases
 
-    from megakd.planning.calibrate import seconds_of
-
     world, shapes = start_alone(options.device), options.shapes
     rows, width = shapes.kernel_rows, shapes.loss_vocabulary
     found: dict[str, Any] = {"rows": rows, "width": width, "kernels": []}
@@ -422,7 +422,8 @@ def loss_kernels(options: Options) -> None:
     options.write(found)
     for dtype in (torch.float32, torch.bfloat16):
         for case in cases(rows, width, dtype, world.device):
-            rate = case.bytes / seconds_of(world, case.run, 4)
+            seconds = [seconds_of(case.run, world.device).wall for _ in range(shapes.kernel_repeats)]
+            rate = case.bytes / statistics.median(seconds[len(seconds) // 3 :])  # the first compile and warm up
             found["kernels"].append({"name": case.name, "dtype": str(dtype).removeprefix("torch."),
                                      "gb_s": rate / 1e9, "share_of_copy": rate / copy})
             options.write(found)
