@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 
-.PHONY: venv quickstart test check clean models
+.PHONY: venv quickstart test gpu check clean models
 
 venv: $(VENV)/.installed
 
@@ -36,6 +36,12 @@ test: export OMP_NUM_THREADS = 1
 test: models
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile $(ONE_PROCESS)
 	$(BIN)/python -m pytest -q -rs $(addprefix --ignore ,$(ONE_PROCESS)) tests
+
+# For a machine with a GPU (docs/gpu_status.md): what is measured there, with its tests.
+GPU_OPTIONS ?=
+gpu: models
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu --quickstart-models $(MODELS) $(GPU_OPTIONS)
+	$(BIN)/python -m pytest -q -rs -s tests/gpu
 
 check: venv
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ TEACHERS = {"log_probs": 0, "forward_kl": 1, "reverse_kl": 1, "jsd": 1, "akl": 1
 """Losses, and how many further models each takes."""
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "akl")
 CHUNKS = (64, 128, 256, 512, 1024)
+CUDA_CHUNKS = (256, 1024, 4096, 8192)
+"""Beyond 8,192 tokens the logits of a vocabulary of 128,256 take more than 4 GB in float32."""
 JSD_BETA, AKL_MU, DPO_BETA = 0.5, 0.5, 0.1
 
 
@@ -33,6 +35,9 @@ class Shapes:
     teacher_hidden: int
     sequence: int
     logit_std: float
+    device: str
+    dtype: torch.dtype
+    """Of hidden states and heads."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,14 @@ class Contestant:
 
 def make_inputs(loss: str, shapes: Shapes, rank: int = 0, ranks: int = 1) -> Inputs:
     """Random hidden states ~ N(0, 1), the same on all ranks, and this rank's rows of heads that give `logit_std`."""
-    generator = torch.Generator().manual_seed(1234)
+    generator = torch.Generator(shapes.device).manual_seed(1234)
+    drawn = {"generator": generator, "device": shapes.device}
     hidden, heads = [], []
     for width in [shapes.hidden] + [shapes.teacher_hidden] * TEACHERS[loss]:
-        hidden.append(torch.randn(shapes.tokens, width, generator=generator))
-        head = torch.randn(shapes.vocab, width, generator=generator).mul_(shapes.logit_std / width**0.5)
-        heads.append(head.chunk(ranks)[rank].clone())
-    labels_T = torch.randint(0, shapes.vocab, (shapes.tokens,), generator=generator)
+        hidden.append(torch.randn(shapes.tokens, width, **drawn).to(shapes.dtype))
+        head = torch.randn(shapes.vocab, width, **drawn).mul_(shapes.logit_std / width**0.5)
+        heads.append(head.chunk(ranks)[rank].to(shapes.dtype, copy=True))
+    labels_T = torch.randint(0, shapes.vocab, (shapes.tokens,), **drawn)
     return Inputs(loss, hidden, heads, labels_T, shapes.sequence, dist.group.WORLD if ranks > 1 else None)
 
 
@@ -115,9 +121,9 @@ def outcome_of(value: Tensor, student: tuple[Tensor, Tensor]) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------------------- megakd
-def megakd(chunk: int | None) -> Contestant:
-    """megakd's fused form, as a caller gets it who sets nothing; or with a given `chunk_tokens`."""
-    return Contestant("megakd", lambda inputs, setting: lambda: _megakd(inputs, setting), (chunk,), "tokens", True)
+def megakd(*chunks: int | None) -> Contestant:
+    """megakd's fused form with one or several `chunk_tokens`; None is what a caller gets who sets nothing."""
+    return Contestant("megakd", lambda inputs, setting: lambda: _megakd(inputs, setting), chunks, "tokens", True)
 
 
 def _megakd(inputs: Inputs, chunk: int | None) -> Outcome:
@@ -142,19 +148,20 @@ def _megakd(inputs: Inputs, chunk: int | None) -> Outcome:
 
 
 # -------------------------------------------------------------------------------------------------------------- limit
-def bare_gemms() -> Contestant:
+def bare_gemms(chunks: tuple[int, ...] = CHUNKS) -> Contestant:
     """The matrix products that no implementation can do without, and nothing else, into buffers made before.
 
     The student's logits, d(hidden), d(head) added up in one [V, H], and each teacher's logits; no logits twice. The
-    logits themselves stand for their gradient, as its numbers do not change the time of a product.
+    logits themselves stand for their gradient, as its numbers do not change the time of a product. All
+    of them are in the inputs' dtype.
     """
-    return Contestant("bare GEMMs", _bare_gemms, CHUNKS, "tokens", True)
+    return Contestant("bare GEMMs", _bare_gemms, chunks, "tokens", True)
 
 
 def _bare_gemms(inputs: Inputs, chunk: object) -> Callable[[], None]:
     hidden_TH, head_VH = inputs.hidden[0], inputs.heads[0]
     rows = [slice(start, min(start + chunk, inputs.tokens)) for start in range(0, inputs.tokens, chunk)]
-    logits = [torch.empty(min(chunk, inputs.tokens), head.shape[0]) for head in inputs.heads]
+    logits = [head.new_empty(min(chunk, inputs.tokens), head.shape[0]) for head in inputs.heads]
     grad_hidden_TH, grad_head_VH = torch.empty_like(hidden_TH), torch.empty_like(head_VH)
 
     def run() -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/losses.py --tokens 4096 --vocab 49152 --hidden 576 --tp 1 2 4 --repeats 5 \\
         --out benchmarks/results/losses/NAME.json
+    python benchmarks/losses.py --device cuda --dtype bf16 --tokens 8192 --vocab 128256 --hidden 4096
 
 Prints a table; writes it as JSON and one SVG plot a metric beside it. benchmarks/README.md says how to install the
 peers and what the figures mean.
@@ -41,6 +42,7 @@ from benchmarks.loss_table import table, write_plots  # noqa: E402
 from benchmarks.record_run import machine  # noqa: E402
 
 LIMIT, OURS = "bare GEMMs", "megakd"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": " ".join(["python benchmarks/losses.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "note": options.note,
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
         "versions": versions(),
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "note")},
         "results": results,
@@ -83,7 +85,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", default=5, **number)
     parser.add_argument("--sweep-tokens", default=1024, help="tokens on which chunk sizes are tried", **number)
     parser.add_argument("--error-tokens", default=48, help="tokens on which errors are measured", **number)
-    parser.add_argument("--chunk", help="megakd's chunk_tokens; its default if not given", **number)
+    parser.add_argument("--chunk", help="megakd's chunk_tokens; else its default, on a GPU the fastest", **number)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of hidden states and heads")
     parser.add_argument("--only", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="LOSS")
     parser.add_argument("--peers", nargs="*", default=list(peers.PACKAGES), choices=list(peers.PACKAGES))
     parser.add_argument("--no-peers", action="store_const", const=[], dest="peers", help="megakd and the limit alone")
@@ -94,6 +98,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.teacher_hidden = options.teacher_hidden or options.hidden
     if "dpo" in options.only and options.tokens % (2 * options.sequence):
         parser.error(f"--tokens {options.tokens}: dpo needs a multiple of 2 x --sequence {options.sequence}")
+    if options.device == "cuda" and options.tp != [1]:
+        parser.error(f"--tp {options.tp}: one rank alone on a GPU")
     if any(options.vocab % ranks for ranks in options.tp):
         parser.error(f"--vocab {options.vocab}: it must be a multiple of each of --tp {options.tp}")
     return options
@@ -148,7 +154,7 @@ def run_rank(rank: int, ranks: int, directory: str, options: argparse.Namespace,
     if {"modelopt", "mcore"} & set(options.peers):
         peers.start_megatron(ranks)
     shapes = Shapes(options.tokens, options.vocab, options.hidden, options.teacher_hidden, options.sequence,
-                    options.logit_std)
+                    options.logit_std, options.device, DTYPES[options.dtype])
     rows = []
     for loss in options.only:
         rows += measure_loss(loss, shapes, options, rank, ranks)
@@ -168,7 +174,13 @@ def measure_loss(
     rows = [{"loss": loss, "tp": ranks, "name": name, "unavailable": reason} for name, reason in missing]
     running: dict[str, tuple[Contestant, Any]] = {}
     right = right_outcome(loss, shapes, options, ranks)
-    for contestant in [loss_inputs.bare_gemms(), loss_inputs.megakd(options.chunk), *found]:
+    device, chunks = torch.device(options.device), (options.chunk,)
+    if options.device == "cuda":
+        chunks = chunks if options.chunk else loss_inputs.CUDA_CHUNKS
+        limit = loss_inputs.bare_gemms(loss_inputs.CUDA_CHUNKS)
+    else:
+        limit = loss_inputs.bare_gemms()
+    for contestant in [limit, loss_inputs.megakd(*chunks), *found]:
         row = {"loss": loss, "tp": ranks, "name": contestant.name, "note": contestant.note}
         rows.append(row)
         if ranks > 1 and not contestant.shards:
@@ -188,7 +200,7 @@ def measure_loss(
         running[contestant.name] = (contestant, setting)
     functions = {name: contestant.prepare(inputs, setting) for name, (contestant, setting) in running.items()}
     say(f"TP {ranks} {loss}: {options.repeats} rounds of {len(functions)}", rank)
-    seconds = measure.interleaved_seconds(functions, options.repeats)
+    seconds = measure.interleaved_seconds(functions, options.repeats, device)
     for row in rows:
         if row["name"] in seconds:
             add_seconds(row, seconds)
@@ -202,7 +214,7 @@ def fastest_setting(contestant: Contestant, inputs: Inputs, row: dict[str, Any])
     seconds = {}
     for setting in contestant.settings:
         function = contestant.prepare(inputs, setting)
-        seconds[setting] = min(measure.seconds_of(function) for _ in range(2))
+        seconds[setting] = min(measure.seconds_of(function, inputs.labels_T.device).wall for _ in range(2))
     row["sweep"] = {str(setting): value for setting, value in seconds.items()}
     return min(seconds, key=seconds.__getitem__)
 
@@ -223,7 +235,11 @@ def measure_once(
     counter = measure.CollectiveCounter()
     # With one rank nothing is exchanged, and some peers call their group of one all the same.
     with counter if inputs.group is not None else nullcontext():
-        peak, outcome = measure.peak_extra_bytes(function, lambda outcome: outcome[1:])
+        if inputs.labels_T.device.type == "cuda":
+            peak, outcome = measure.peak_extra_cuda_bytes(function, inputs.labels_T.device)
+            peak -= sum(gradient.nbytes for gradient in outcome[1:])  # are there at the end, so at the peak at most
+        else:
+            peak, outcome = measure.peak_extra_bytes(function, lambda outcome: outcome[1:])
     row["peak_extra_bytes"] = int(most(peak))
     row["collectives"] = {"calls": counter.found.calls, "bytes": counter.found.bytes}
     del outcome

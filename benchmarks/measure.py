@@ -1,4 +1,4 @@
-"""What benchmarks/losses.py measures with: seconds, peak of live bytes, collectives, errors, paired ratios."""
+"""What the benchmarks measure with: seconds, peak of live bytes, collectives, errors, paired ratios."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,23 +21,48 @@ Result = TypeVar("Result")
 
 
 # --------------------------------------------------------------------------------------------------------------- time
-def seconds_of(function: Callable[[], Any]) -> float:
-    """Seconds of one call, with all ranks starting together; the slowest rank's where there are several."""
+CPU = torch.device("cpu")
+
+
+class Seconds(NamedTuple):
+    """Of one call: of the clock, the slowest rank's; and of this rank's processor."""
+
+    wall: float
+    processor: float
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device = CPU) -> Seconds:
+    """Seconds of one call, with all ranks starting together, until `device` has done what the call gave it to do."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several:
-        dist.barrier()
-    start = time.perf_counter()
+        dist.barrier(group=dist.group.WORLD)
+    _wait_for(device)
+    start, used = time.perf_counter(), time.process_time()
     result = function()
-    seconds = time.perf_counter() - start
+    _wait_for(device)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
     del result  # what a call returns is given back to the system outside of the time
     if several:
-        slowest = torch.tensor(seconds, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
         seconds = slowest.item()
-    return seconds
+    return Seconds(seconds, used)
 
 
-def interleaved_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_steps(step: Callable[[int], Any], warm_up: int, count: int, device: torch.device = CPU) -> list[Seconds]:
+    """Seconds of the steps `warm_up`, `warm_up` + 1, ... of a training on this rank; those before are not timed."""
+    for number in range(warm_up):
+        step(number)
+    return [seconds_of(partial(step, number), device) for number in range(warm_up, warm_up + count)]
+
+
+def interleaved_seconds(functions: dict[str, Callable[[], Any]], repeats: int,
+                        device: torch.device = CPU) -> dict[str, list[float]]:
     """Seconds of each function in each round. A round runs all of them, each round beginning with another one.
 
     A machine that slows down for a while slows down all of a round: hence times are compared within rounds.
@@ -51,7 +77,7 @@ def interleaved_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -
         for repeat in range(repeats):
             first = repeat % max(len(names), 1)
             for name in names[first:] + names[:first]:
-                seconds[name].append(seconds_of(functions[name]))
+                seconds[name].append(seconds_of(functions[name], device).wall)
                 gc.collect()
     finally:
         gc.unfreeze()
@@ -73,6 +99,15 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
+def peak_extra_cuda_bytes(function: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
+    """Highest number of bytes that CUDA's allocator gave out during a call, above what was given out before."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = function()
+    return torch.cuda.max_memory_allocated(device) - before, result
+
+
 def peak_extra_bytes(function: Callable[[], Result], kept: Callable[[Result], Sequence[Tensor]]) -> tuple[int, Result]:
     """Highest number of bytes that a call holds at a time beyond its inputs and the tensors `kept(result)`.
 

@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measure import Seconds, timed_steps
 from benchmarks.record_run import machine
 from megakd.batch import Group, Sample
 from megakd.config import Parallel
@@ -169,11 +168,11 @@ def distillation(case: Case, directories: dict[str, str]) -> Distillation:
 def timed(case: Distillation, world: int, cluster: Cluster, steps: int) -> dict:
     """Planned and measured seconds of some steps."""
     planned = training_time(cluster, setup_of(case, world))
-    ranks = run_ranks(world, timed_steps, case, steps, timeout=900)
+    ranks = run_ranks(world, steps_of_a_rank, case, steps, timeout=900)
     return {
         "planned": planned.total, "parts": planned.parts,
-        "measured": [max(rank[number][0] for rank in ranks) for number in range(steps)],
-        "processor": [[rank[number][1] for rank in ranks] for number in range(steps)],
+        "measured": [ranks[0][number].wall for number in range(steps)],
+        "processor": [[rank[number].processor for rank in ranks] for number in range(steps)],
     }
 
 
@@ -192,17 +191,9 @@ def counted(case: Distillation, world: int) -> list[dict]:
     return ranks
 
 
-def timed_steps(case: Distillation, repeats: int) -> list[tuple[float, float]]:
-    """On a rank: seconds and processor seconds of each step, after one that warms up."""
-    job = Job(case)
-    job.step(0)
-    found = []
-    for number in range(repeats):
-        dist.barrier()
-        start, used = time.perf_counter(), time.process_time()
-        job.step(number + 1)
-        found.append((time.perf_counter() - start, time.process_time() - used))
-    return found
+def steps_of_a_rank(case: Distillation, repeats: int) -> list[Seconds]:
+    """On a rank: seconds of each step, after one that warms up."""
+    return timed_steps(Job(case).step, 1, repeats)
 
 
 def named(calls: dict[tuple[str, int], int]) -> dict[str, int]:

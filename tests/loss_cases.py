@@ -50,6 +50,8 @@ class Case:
     softcap: float | None = None
     with_log_probs: bool = False
     """`fused_distillation` of the divergence."""
+    device: str = "cpu"
+    """Where the loss is taken; the reference is taken on the CPU."""
     label: str = ""
 
     def __str__(self):
@@ -134,7 +136,8 @@ def local_inputs(case: Case, group) -> dict[str, list[torch.Tensor] | torch.Tens
     for model in data["models"]:
         for place in range(1 if case.fused else 0, len(model)):
             model[place] = model[place].chunk(size, dim=0 if case.fused else 1)[rank].clone()
-    return data
+    weights = {name: data[name].to(case.device) for name in ("labels_T", "weights_T", "log_prob_weights_T")}
+    return weights | {"models": [[tensor.to(case.device) for tensor in model] for model in data["models"]]}
 
 
 def ours(case: Case, data, group):
@@ -182,8 +185,8 @@ def run(case: Case, implementation=ours, group=None) -> dict[str, torch.Tensor]:
     assert total.requires_grad and value_T.dtype == statistics_dtype(student[0])
     total.backward()
     assert all(tensor.grad is None for tensor in teachers), "a teacher got a gradient"
-    return {"value": value_T.detach()} | {
-        name: tensor.grad for name, tensor in zip(_names(case), student, strict=False)
+    return {"value": value_T.detach().cpu()} | {
+        name: tensor.grad.cpu() for name, tensor in zip(_names(case), student, strict=False)
     }
 
 

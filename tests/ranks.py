@@ -1,8 +1,9 @@
-"""A pool of gloo ranks for tests: `run_ranks(world, function, *args)` runs `function(*args)` on each of them.
+"""A pool of ranks for tests: `run_ranks(world, function, *args)` runs `function(*args)` on each of them.
 
 Importing torch (and megatron-core) costs more than most multi-rank tests, so a pool of each world size is started once
 a session and kept. The processes are forked from a server process that has run nothing but those imports: as clean as
-spawned ones, and the imports are paid once for all the ranks of all the pools.
+spawned ones, and the imports are paid once for all the ranks of all the pools. They talk by gloo; with `device="cuda"`
+they are spawned and started as those of a run on GPUs are (`megakd.mcore.runtime.start`), with NCCL.
 
 In a test file (`function` and its arguments must be picklable, so it lives at the module's top level):
 
@@ -24,6 +25,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -41,7 +43,7 @@ _START_SECONDS = 180.0
 _GRACE_SECONDS = 1.0  # after a first failure: how long other ranks may take to report theirs
 _HEAVY_MODULES = ("torch", "torch.distributed", "megatron.core")
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, str], _Pool] = {}
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
@@ -53,24 +55,27 @@ class RankError(AssertionError):
         super().__init__(f"rank {rank} of {world} failed:\n{text}")
 
 
-def run_ranks(world: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world: int, function: Callable, *args: Any, device: str = "cpu", timeout: float = 120) -> list[Any]:
     """Runs a module-level function on every rank of a pool and returns its results in the order of the ranks.
 
     Args:
-        world: number of ranks. The default process group (gloo) has them all; `subgroup` makes smaller ones.
-        function: called as `function(*args)` on each rank; results and arguments are copied, tensors included.
+        world: number of ranks. The default process group has them all; `subgroup` makes smaller ones.
+        function: called as `function(*args)` on each rank; results and arguments are copied, tensors included. Results
+            hold no CUDA tensors: they would start CUDA in this process.
+        device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds after which a pool that has not answered is killed.
 
     Raises:
         RankError: the function raised on some rank. The pool is thrown away, as its ranks may be out of step.
         TimeoutError: some rank did not answer in time. The pool is killed.
     """
-    if world not in _pools:
-        _pools[world] = _Pool(world)
+    pool = world, device
+    if pool not in _pools:
+        _pools[pool] = _Pool(world, device)
     try:
-        return _pools[world].call(function, args, timeout)
+        return _pools[pool].call(function, args, timeout)
     except BaseException:
-        _pools.pop(world).kill()
+        _pools.pop(pool).kill()
         raise
 
 
@@ -97,18 +102,21 @@ def close_pools() -> None:
 
 
 class _Pool:
-    def __init__(self, world: int):
+    def __init__(self, world: int, device: str):
         self.world = world
         self.directory = tempfile.mkdtemp(prefix="ranks-")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([name for name in _HEAVY_MODULES if name in sys.modules])
+        # A process that has met CUDA cannot be forked, and an import may be enough.
+        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device != "cuda":
+            context.set_forkserver_preload([name for name in _HEAVY_MODULES if name in sys.modules])
+        start = (_start_cuda, _free_port()) if device == "cuda" else (_start_gloo, self.directory)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         self.pipes, self.processes = [], []
         try:
             for rank in range(world):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, world, self.directory, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(rank, world, *start, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self.pipes.append(ours)
@@ -178,13 +186,32 @@ class _Pool:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _serve(rank: int, world: int, directory: str, pipe: Connection) -> None:
-    """Life of one rank: join the group, say so, then answer calls until the pipe ends."""
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _start_gloo(rank: int, world: int, directory: str) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's host name need not resolve
-    torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+
+
+def _start_cuda(rank: int, world: int, port: int) -> None:
+    from megakd.mcore import runtime  # it imports megatron-core, which few of the tests on gloo need
+
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 products in float32, as on the CPU; cuBLAS reads it at its start
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runtime.start("cuda", timeout=timedelta(minutes=10))
+
+
+def _serve(rank: int, world: int, start: Callable, where: Any, pipe: Connection) -> None:
+    """Life of one rank: join the group, say so, then answer calls until the pipe ends."""
+    torch.set_num_threads(1)
+    start(rank, world, where)
     pipe.send_bytes(pickle.dumps((True, rank)))
     while True:
         try:

@@ -14,26 +14,19 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
-
 from megakd.batch import Group, Kind, Padding, Sample, Step
-from megakd.config import Parallel, Precision
-from megakd.config_stages import Optimizer
+from megakd.config import Parallel
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
-from megakd.hf.importer import load_head
 from megakd.hf.pieces import padded_kv_heads
 from megakd.hf.random_model import write_random_model
-from megakd.layout import Layout
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext
 from megakd.planning.cluster import Cluster
 from megakd.planning.recipe import loss_calls
 from megakd.planning.setup import RoleSetup, TrainingSetup
@@ -41,6 +34,7 @@ from megakd.planning.sizes import parameter_count
 from megakd.planning.timing import training_time
 from megakd.planning.work import work_of_step
 
+ROOT = Path(__file__).parents[1]
 PROMPT, ANSWER, MICRO_BATCH, CHUNK = 32, 96, 2, 256
 MICRO_BATCHES = 2
 """Of a replica in a step."""
@@ -150,52 +144,31 @@ def measured_steps(run: Run, folder: Path) -> list[float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.world}", __file__,
                told, str(folder / run.size), str(out)]
     threads = max(1, (os.cpu_count() or 1) // run.world)
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ},
-                   stdout=subprocess.DEVNULL)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                   env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path})
     return json.loads(out.read_text())
 
 
 def worker(arguments: Sequence[str]) -> int:
     """One rank: trains and, on the first, writes the seconds of each step."""
+    from benchmarks.measure import timed_steps
     from megakd.mcore import runtime
-    from megakd.mcore.grid import make_grid
-    from megakd.mcore.model import build_model, freeze
-    from megakd.mcore.optimizer import make_trainer
-    from megakd.mcore.step import forward_backward
-    from megakd.teacher.online import OnlineTeacher, by_micro_batch
+    from tests.mcore.cases import Distillation, Job
 
     run, folder = Run(*json.loads(arguments[0])), Path(arguments[1])
-    objective, step = build_objective(objective_of(run.method)), step_of(run)
+    groups = step_of(run).groups
+    roles = ("student", *build_objective(objective_of(run.method)).requires.teachers)
+    case = Distillation(
+        {role: str(folder / ("student" if role == "student" else "teacher")) for role in roles},
+        dict.fromkeys(roles, run.parallel), dict.fromkeys(roles, MICRO_BATCH), objective_of(run.method), groups,
+        len(groups), WARM_UP + STEPS, learning_rate=1e-5, chunk_tokens=CHUNK,
+    )
     world = runtime.start("cpu")
     try:
-        grid = make_grid(Layout(run.world, run.tensor))
-        runtime.seed(1, grid)
-
-        def build(role: str):
-            return build_model(folder / role, SIZES[run.size], run.parallel, "none", Precision(), grid, world.device)
-
-        student, teachers = build("student"), {}
-        for role in objective.requires.teachers:
-            model = freeze(build("teacher"))
-            head = load_head(folder / "teacher", model.architecture, grid.at.tensor, run.tensor, model.dtype,
-                             world.device)
-            teachers[role] = OnlineTeacher(model, MICRO_BATCH, objective.requires.teacher_kinds[role], head)
-        trainer = make_trainer(student, Optimizer(), WARM_UP + STEPS)
-        context = LossContext(grid.groups.tp, student.architecture.vocab_size, CHUNK, step.counts)
-        seconds = []
-        for _ in range(WARM_UP + STEPS):
-            dist.barrier(group=dist.group.WORLD)
-            start = time.perf_counter()
-            signals = {role: teacher.signals(step, grid, MICRO_BATCH, pad_id=0) for role, teacher in teachers.items()}
-            table = step.table(grid.layout.data, MICRO_BATCH)
-            batches = step.batches(table[grid.at.data], pad_id=0, padding=student.padding, device=world.device)
-            trainer.zero_grad()
-            forward_backward(student, batches, by_micro_batch(signals, len(batches)), objective, context)
-            trainer.step()
-            dist.barrier(group=dist.group.WORLD)
-            seconds.append(time.perf_counter() - start)
+        seconds = [each.wall for each in timed_steps(Job(case).step, WARM_UP, STEPS)]
         if world.rank == 0:
-            Path(arguments[2]).write_text(json.dumps(seconds[WARM_UP:]))
+            Path(arguments[2]).write_text(json.dumps(seconds))
     finally:
         runtime.stop()
     return 0

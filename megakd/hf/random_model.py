@@ -1,22 +1,33 @@
-"""Hugging Face directories of random models, for measurements of what does not depend on the weights."""
+"""Hugging Face directories of random models, for measurements of what does not depend on what a model has learned."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megakd.hf.directory import write_json, write_safetensors
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Shard, pieces
 
 
-def write_random_model(directory: Path, architecture: Architecture, seed: int) -> None:
-    """Writes a Llama's config.json and float32 weights ~ N(0, 0.02) into a folder, which is made if need be."""
+def write_random_model(directory: Path, architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32,
+                       device: str = "cpu") -> None:
+    """Writes a Llama's config.json and weights ~ N(0, 0.02), those of norms being 1; makes the folder if need be.
+
+    Args:
+        directory: the folder.
+        architecture: its sizes.
+        seed: of the weights.
+        dtype: of the weights.
+        device: where they are drawn; a GPU takes seconds for billions, and draws others than a CPU.
+    """
     a = architecture
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", {
-        "model_type": a.family, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32",
+        "model_type": a.family, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim, "intermediate_size": a.ffn_size,
         "vocab_size": a.vocab_size, "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "rope_scaling": None,
@@ -25,6 +36,11 @@ def write_random_model(directory: Path, architecture: Architecture, seed: int) -
     })
     whole = Shard(0, 1, 0, a.layers, embedding=True, head=True, spec="local")
     shapes = {piece.hf_name: piece.hf_shape for piece in pieces(a, whole)}
-    draw = torch.Generator().manual_seed(seed)
-    write_safetensors(directory / "model.safetensors", shapes, torch.float32,
-                      (torch.randn(shape, generator=draw) * 0.02 for shape in shapes.values()))
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def weight(shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:  # these models' only vectors are norms
+            return torch.ones(shape, dtype=dtype)
+        return torch.randn(shape, generator=draw, device=device).mul_(0.02).to("cpu", dtype)
+
+    write_safetensors(directory / "model.safetensors", shapes, dtype, map(weight, shapes.values()))

@@ -35,8 +35,9 @@ Box = tuple[str, tuple[int, ...], torch.Tensor]
 
 @cache
 def world() -> runtime.World:
-    """This rank, with megatron-core made ready for the CPU."""
-    return runtime.adopt(CPU)
+    """This rank, with megatron-core made ready for its device: the CPU, or its GPU where the ranks talk by NCCL."""
+    gpu = dist.get_backend() == "nccl"
+    return runtime.adopt(torch.device("cuda", torch.cuda.current_device()) if gpu else CPU)
 
 
 @cache
@@ -51,10 +52,10 @@ def build(directory: str, parallel: Parallel, precision: Precision = FP32, recom
           trained: bool = True) -> Model:
     """A model under a layout."""
     path = Path(directory)
-    world()
     architecture = Architecture.read(path)
     grid_of_model = grid(parallel.tensor, parallel.pipeline)
-    return build_model(path, architecture, parallel, recompute, precision, grid_of_model, CPU, trained=trained)
+    return build_model(path, architecture, parallel, recompute, precision, grid_of_model, world().device,
+                       trained=trained)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Distillation:
     learning_rate: float = 1e-2
     warmup: float = 0.0
     weight_decay: float = 0.0
+    eps: float = 1e-3
     clip: float = 1.0
     overlap: bool | None = None
     precision: Precision = FP32
@@ -96,10 +98,10 @@ class Job:
             head = None
             if grid_of_student.is_last_stage:
                 head = load_head(case.directories[role], model.architecture, grid_of_student.at.tensor,
-                                 grid_of_student.layout.tensor, model.dtype, CPU)
+                                 grid_of_student.layout.tensor, model.dtype, world().device)
             kinds = self.objective.requires.teacher_kinds[role]
             self.teachers[role] = OnlineTeacher(model, case.micro_batches[role], kinds, head)
-        settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=1e-3,
+        settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=case.eps,
                              clip=case.clip, overlap=case.overlap)
         self.trainer = make_trainer(self.student, settings, case.steps)
 
@@ -112,7 +114,7 @@ class Job:
         signals = {role: teacher.signals(step, student.grid, micro_batch, pad_id=0)
                    for role, teacher in self.teachers.items()}
         table = step.table(student.grid.layout.data, micro_batch)
-        batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=CPU)
+        batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=world().device)
         context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, case.chunk_tokens, step.counts)
         self.trainer.zero_grad()
         teachers = by_micro_batch(signals, len(batches))
@@ -126,7 +128,8 @@ class Job:
 
     def gradients(self) -> list[Box]:
         """This rank's boxes of the Hugging Face tensors' gradients."""
-        return [(piece.hf_name, piece.hf_offset, values.clone()) for piece, values in self.trainer.gradient_boxes()]
+        return [(piece.hf_name, piece.hf_offset, values.to(CPU, copy=True))
+                for piece, values in self.trainer.gradient_boxes()]
 
     def states(self) -> dict[str, list[Box]]:
         """This rank's boxes of the master weights and of Adam's moments, by `STATES`."""
@@ -135,13 +138,14 @@ class Job:
             parameters = self.student.parameters_of(chunk)
             for state in STATES:
                 whole = {name: self.whole_state(parameter, state) for name, parameter in parameters.items()}
-                boxes[state] += [(piece.hf_name, piece.hf_offset, box_of(whole[piece.parameter], piece).clone())
+                boxes[state] += [(piece.hf_name, piece.hf_offset,
+                                  box_of(whole[piece.parameter], piece).to(CPU, copy=True))
                                  for piece in self.student.pieces_of(chunk) if piece.primary]
         return boxes
 
     def whole_state(self, parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
         """A state of a local parameter, put together from the slices of the data-parallel ranks."""
-        full = torch.zeros(parameter.numel())
+        full = torch.zeros(parameter.numel(), device=world().device)
         if (owned := self.trainer.slice_of(parameter)) is not None:
             full[owned] = self.trainer.states_of(parameter)[state].detach()
         dist.all_reduce(full, group=self.student.grid.groups.dp_cp)
@@ -152,10 +156,10 @@ class Job:
         kept = {}
         for chunk in range(len(self.student.chunks)):
             for name, parameter in self.student.parameters_of(chunk).items():
-                kept[f"{chunk}.{name}"] = parameter.detach().clone()
+                kept[f"{chunk}.{name}"] = parameter.detach().to(CPU, copy=True)
                 if self.trainer.slice_of(parameter) is not None:
                     for state, values in self.trainer.states_of(parameter).items():
-                        kept[f"{chunk}.{name}.{state}"] = values.detach().clone()
+                        kept[f"{chunk}.{name}.{state}"] = values.detach().to(CPU, copy=True)
         return kept
 
 

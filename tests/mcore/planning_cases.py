@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd.batch import Padding, Step
+from megakd.check_precision import rows_multiple
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
 from megakd.mcore.model import PipelineDecoder, evaluating, freeze
@@ -73,13 +74,14 @@ def _bytes(value) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def setup_of(case: Distillation, world: int) -> TrainingSetup:
+def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSetup:
     """The planner's view of a case's first step."""
     requires = build_objective(case.objective).requires
     roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
-                             case.micro_batches[role], case.recompute if role == "student" else "none")
+                             case.micro_batches[role], case.recompute if role == "student" else "none",
+                             case.precision.holds_fp8_weights(trained=role == "student"))
              for role in ("student", *requires.teachers)}
-    paddings = {role: Padding(setup.parallel.tensor if setup.parallel.sequence else 1,
+    paddings = {role: Padding(rows_multiple(case.precision, setup.parallel),
                               uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
     teachers = {role: roles[role] for role in requires.teachers}
     work = work_of_step(
@@ -88,7 +90,7 @@ def setup_of(case: Distillation, world: int) -> TrainingSetup:
         {role: requires.teacher_kinds[role] for role in teachers},
     )
     return TrainingSetup(roles["student"], teachers, loss_calls(case.objective, requires), work, case.chunk_tokens,
-                         "fp32", "cpu")
+                         case.precision.dtype, device)
 
 
 def measured_step(case: Distillation) -> dict:

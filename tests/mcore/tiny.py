@@ -14,13 +14,13 @@ VOCABULARY = 307  # no multiple of anything: the padded columns are at work
 
 
 def make_llama(directory: Path, *, seed: int, hidden: int = 48, layers: int = 4, heads: int = 6, kv_heads: int = 3,
-               tied: bool = True) -> Path:
+               tied: bool = True, std: float = 0.15) -> Path:
     """Writes a random model. Weights are larger than at initialisation, so that its distributions are not flat."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=128,
-        tie_word_embeddings=tied, initializer_range=0.15, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied, initializer_range=std, bos_token_id=1, eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory

@@ -14,7 +14,8 @@ from benchmarks.loss_table import table, write_plots
 from tests.ranks import run_ranks
 
 KIB = 1024
-SHAPES = Shapes(tokens=48, vocab=96, hidden=16, teacher_hidden=24, sequence=8, logit_std=2.5)
+SHAPES = Shapes(tokens=48, vocab=96, hidden=16, teacher_hidden=24, sequence=8, logit_std=2.5, device="cpu",
+                dtype=torch.float32)
 
 
 def test_peak_counts_what_lives_at_the_same_time():
@@ -112,7 +113,8 @@ def test_collectives_are_counted():
 
 def _measure(arguments):
     options = losses.parse(arguments)
-    shapes = Shapes(options.tokens, options.vocab, options.hidden, options.teacher_hidden, options.sequence, 2.5)
+    shapes = Shapes(options.tokens, options.vocab, options.hidden, options.teacher_hidden, options.sequence, 2.5,
+                    options.device, torch.float32)
     rows = [losses.measure_loss(loss, shapes, options, dist.get_rank(), 2) for loss in options.only]
     return [row for part in rows for row in part]
 

@@ -1,0 +1,275 @@
+"""Transformer Engine's layers, CUDA's losses, FP8, checkpoints and rollouts on a GPU beside the CPU's.
+
+The CPU runs megatron-core's own layers in another process: what both find from the same files is compared. With the
+CPU in the GPU's place the same bodies run on it, which tells where a body is wrong. Float32 products are not rounded to
+TF32 (tests/ranks.py).
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu_parts import llama
+from megakd.batch import Group, Kind, Sample, Step
+from megakd.check import check_recipe
+from megakd.check_precision import LEAST_CAPABILITY
+from megakd.config import Parallel, Precision, parse
+from megakd.config_objectives import DckdObjective, SftObjective
+from megakd.errors import ConfigError
+from megakd.hf.random_model import write_random_model
+from megakd.mcore import checkpoint
+from megakd.mcore.model import PipelineDecoder, evaluating
+from megakd.mcore.optimizer import STATES
+from megakd.mcore.step import forward_hidden
+from megakd.planning.memory import training_memory
+from megakd.rollout import Prompt, Sampling, generate
+from tests import loss_cases
+from tests.gpu.devices import DEVICES, NO_SECOND_RANK, lacking, on_cuda
+from tests.mcore.cases import FP32, Box, Distillation, Job, assemble, build, curve, first_gradients, world
+from tests.mcore.planning_cases import setup_of
+from tests.mcore.tiny import make_groups, make_llama
+from tests.ranks import run_ranks
+from tests.recipes import tiny_recipe
+
+WHOLE = Parallel()
+BF16 = Precision(dtype="bf16")
+FACTS = {"stage": "d41d8cd98f00b204"}
+PRECISIONS = {
+    "bf16": BF16,
+    **{recipe: Precision(dtype="fp8", fp8_recipe=recipe) for recipe in LEAST_CAPABILITY},
+    "tensorwise, teachers' weights": Precision(dtype="fp8", fp8_weights="teachers"),
+    "tensorwise, all weights": Precision(dtype="fp8", fp8_weights="all"),
+    "tensorwise, ends in bf16": Precision(dtype="fp8", first_last_bf16=1),
+}
+SAVED = 2
+KINDS = (Kind.CHOSEN, Kind.REJECTED)
+HIDDEN_APART = {"fp32": 1e-5, "bf16": 0.02}
+"""Between a GPU's hidden states and the CPU's in float32, relative to their norm. bf16: 1.6 times what the CPU's own in
+bf16 are apart."""
+GRADIENTS_APART = {"fp32": 1e-4, "bf16": 0.05}
+"""The same of a tensor's gradient."""
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, str]:
+    """Sizes that FP8's products take: multiples of 128."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "std": 0.06}
+    return {role: str(make_llama(folder / role, seed=seed, tied=role == "student", **sizes))
+            for seed, role in enumerate(("student", "teacher"))}
+
+
+def distillation(directories: dict[str, str], precision: Precision = FP32, student: Parallel = WHOLE,
+                 **changes: object) -> Distillation:
+    """A DCKD training on 8 groups, which come again in each step."""
+    case = Distillation(directories, {"student": student, "teacher": WHOLE}, {"student": 4, "teacher": 4},
+                        DckdObjective(), tuple(make_groups(8, KINDS, seed=5)), 8, steps=6, precision=precision,
+                        learning_rate=1e-3, eps=1e-8)
+    return replace(case, **changes)
+
+
+def apart(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Norm of the difference relative to the norm."""
+    return ((found.float() - right.float()).norm() / right.float().norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def _losses(cases: list[loss_cases.Case]) -> list[dict[str, torch.Tensor]]:
+    return [loss_cases.run(case) for case in cases]
+
+
+@DEVICES
+def test_losses_are_the_reference(device):
+    # All of them run on the CPU in tests/unit/test_losses_tokens.py.
+    cases = [replace(case, device=device) for loss in (loss_cases.LOSSES if device == "cuda" else ("jsd",))
+             for fused in (False, True) for case in loss_cases.variants(loss, fused)]
+    if device == "cuda":  # as wide as a vocabulary
+        cases += [loss_cases.Case(loss, True, tokens=70, vocab=128256, columns=128384, chunk=64, equal_weights=True,
+                                  dtype=dtype, device=device, label="wide")
+                  for loss in loss_cases.LOSSES for dtype in (torch.float32, torch.bfloat16)]
+    for case, found in zip(cases, run_ranks(1, _losses, cases, device=device, timeout=600)[0], strict=True):
+        loss_cases.check(case, [found])
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def _rows(directory: str, precision: Precision, groups: tuple[Group, ...], micro_batch: int) -> torch.Tensor:
+    """Hidden states at all loss positions, sequence by sequence, in float32."""
+    model, step, found = build(directory, WHOLE, precision), Step(groups), {}
+    batches = step.batches(step.table(1, micro_batch)[0], pad_id=0, padding=model.padding, device=world().device)
+    with evaluating(model):
+        for batch, hidden_TH in zip(batches, forward_hidden(model, batches), strict=True):
+            samples_T = batch.sample_ids_B[batch.positions.rows_T].tolist()
+            for sample, hidden_H in zip(samples_T, hidden_TH.float().cpu(), strict=True):
+                found.setdefault(sample, []).append(hidden_H)
+    return torch.stack([row for sample in sorted(found) for row in found[sample]])
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(directories) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+    """Hidden states, loss and gradients by megatron-core's own layers in float32."""
+    case = distillation(directories)
+    rows = run_ranks(1, _rows, directories["student"], FP32, case.groups, 4)[0]
+    metrics, boxes = run_ranks(1, first_gradients, case)[0]
+    return rows, metrics["loss"], assemble([boxes])
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "bf16"), on_cuda("fp32"), on_cuda("bf16")])
+def test_hidden_states_and_gradients_are_those_of_the_local_layers(directories, on_the_cpu, device, dtype):
+    rows, loss, gradients = on_the_cpu
+    case = distillation(directories, Precision(dtype=dtype))
+    found = run_ranks(1, _rows, directories["student"], case.precision, case.groups, 4, device=device)[0]
+    metrics, boxes = run_ranks(1, first_gradients, case, device=device)[0]
+    found_gradients = assemble([boxes])
+    assert found_gradients.keys() == gradients.keys()
+    worst = max((apart(found_gradients[name], right), name) for name, right in gradients.items())
+    print(f"{device} {dtype}: hidden states {apart(found, rows):.1e}, gradient of {worst[1]} {worst[0]:.1e}, "
+          f"loss {metrics['loss']:.6f} for {loss:.6f}")
+    assert apart(found, rows) < HIDDEN_APART[dtype]
+    assert worst[0] < GRADIENTS_APART[dtype]
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5 if dtype == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "fp32"), on_cuda("fp32"), on_cuda("bf16")])
+def test_packed_sequences_are_those_alone(directories, device, dtype):
+    groups = tuple(make_groups(8, KINDS, seed=5))
+    packed, alone = (run_ranks(1, _rows, directories["student"], Precision(dtype=dtype), groups, size, device=device)[0]
+                     for size in (8, 1))
+    assert len(packed) > 50
+    print(f"{device} {dtype}: packed and alone {apart(packed, alone):.1e}")
+    assert apart(packed, alone) < {"fp32": 1e-5, "bf16": 0.01}[dtype]
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def losses_in_float32(directories) -> list[float]:
+    return [metrics["loss"] for metrics in run_ranks(1, curve, distillation(directories))[0]]
+
+
+@pytest.mark.parametrize("device, name", [
+    ("cpu", "bf16"), ("cpu", "delayed"),
+    *(on_cuda(name, unless=lacking(precision.fp8_recipe)) for name, precision in PRECISIONS.items())])
+def test_a_training_goes_as_in_float32(directories, losses_in_float32, device, name):
+    precision = PRECISIONS[name]
+    if device == "cpu" and precision.dtype == "fp8":
+        precision = precision.model_copy(update={"emulate": True})
+    metrics = run_ranks(1, curve, distillation(directories, precision), device=device)[0]
+    losses = [each["loss"] for each in metrics]
+    print(f"{device} {name}: losses {losses}, in float32 on the CPU {losses_in_float32}")
+    assert losses[0] - losses[-1] > 0.1, "the training does not train"
+    # Twice what it is on a CPU: 0.010 in bf16, and of the emulated recipes 0.015.
+    assert losses == pytest.approx(losses_in_float32, rel=0.02 if name == "bf16" else 0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(lacking("tensorwise") != "" or lacking("mxfp8") == "", reason="no GPU that has FP8 but not MXFP8")
+def test_a_recipe_that_the_card_lacks_is_refused(tmp_path):
+    raw = tiny_recipe(tmp_path) | {"device": "cuda", "precision": {"dtype": "fp8", "fp8_recipe": "mxfp8"}}
+    for role in ("student", "teacher", "reference"):
+        raw[role]["parallel"] = {}
+    with pytest.raises(ConfigError, match="Blackwell"):
+        check_recipe(parse(raw), 1, ())
+
+
+@pytest.mark.parametrize("device", [on_cuda(unless=NO_SECOND_RANK)])
+def test_the_curve_at_tensor_2_is_that_of_one_rank(directories, device):
+    # On the CPU: tests/mcore/test_training.py.
+    one, two = (run_ranks(world, curve, distillation(directories, BF16, Parallel(tensor=world, sequence=world > 1)),
+                          device=device) for world in (1, 2))
+    assert two[0] == two[1], "the ranks report different metrics"
+    losses = [[metrics["loss"] for metrics in ranks[0]] for ranks in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def _peak(case: Distillation) -> float:
+    """Bytes at the fullest moment of a step, weights and all. On a CPU: tests/mcore/test_planning.py."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    job = Job(case)
+    job.step(0)
+    torch.cuda.reset_peak_memory_stats()
+    job.step(1)
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("device, precision", [
+    on_cuda(BF16), on_cuda(Precision(dtype="fp8"), unless=lacking("tensorwise"))])
+def test_memory_is_within_the_plan(tmp_path, device, precision):
+    write_random_model(tmp_path / "student", llama(2048, 8, 16, 8, 5632, 32000, tied=True), 0, torch.bfloat16)
+    sample = Sample(tuple(3 + place % 300 for place in range(2048)), 700, Kind.CHOSEN)
+    case = Distillation({"student": str(tmp_path / "student")}, {"student": WHOLE}, {"student": 4}, SftObjective(),
+                        (Group("row:0", (sample,)),) * 8, 8, steps=2, precision=precision, chunk_tokens=256)
+    peak = run_ranks(1, _peak, case, device=device)[0]
+    memory = training_memory(setup_of(case, 1, device), 0)
+    print(f"{device} {precision}: MiB measured {peak / 2**20:.1f}, planned {memory.total / 2**20:.1f}, {memory.parts}")
+    assert peak == pytest.approx(memory.total, rel=0.05)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _save(case: Distillation, folder: str) -> tuple[dict[str, list[Box]], float]:
+    """Trains for two steps and saves; the states, and the loss of the step after."""
+    job = Job(case)
+    for number in range(SAVED):
+        job.step(number)
+    checkpoint.save(Path(folder), SAVED, job.trainer, FACTS, dist.group.WORLD)
+    return job.states(), job.step(SAVED)["loss"]
+
+
+def _load(case: Distillation, folder: str) -> tuple[dict[str, list[Box]], float]:
+    """The states after loading, and the loss of the next step."""
+    job = Job(case)
+    path, step = checkpoint.latest(Path(folder))
+    assert checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD) == step == SAVED
+    return job.states(), job.step(SAVED)["loss"]
+
+
+@pytest.mark.parametrize("writer, reader", [("cpu", "cpu"), on_cuda("cpu"), on_cuda("cuda")])
+def test_a_checkpoint_is_read_by_the_other_layers(directories, tmp_path, writer, reader):
+    """Written by Transformer Engine's layers and read by the local ones; and the other way round."""
+    case = distillation(directories, BF16)
+    if (writer, reader) == ("cuda", "cuda"):
+        writer = "cpu"
+    states, loss = run_ranks(1, _save, case, str(tmp_path), device=writer)[0]
+    found, found_loss = run_ranks(1, _load, case, str(tmp_path), device=reader)[0]
+    for state in STATES:
+        written, read = assemble([states[state]]), assemble([found[state]])
+        assert written.keys() == read.keys()
+        assert all(torch.equal(read[name], values) for name, values in written.items()), state
+    assert found_loss == pytest.approx(loss, rel=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+
+def _answers(directory: str, prompts: list[Prompt], sampling: Sampling) -> list[tuple[tuple[int, ...], list[float]]]:
+    decoder = PipelineDecoder(build(directory, WHOLE), 64)
+    return [(answer.tokens, list(answer.log_probs))
+            for answer in generate(decoder, prompts, sampling, slots=3, pad_id=0)]
+
+
+@DEVICES
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
+def test_answers_are_the_cpu_s(directories, device, temperature):
+    prompts = [Prompt(number, group.samples[0].tokens) for number, group in enumerate(make_groups(6, (Kind.CHOSEN,)))]
+    sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0, n=1, max_new_tokens=8, stop_ids=(), seed=3)
+    right, found = (run_ranks(1, _answers, directories["teacher"], prompts, sampling, device=where)[0]
+                    for where in ("cpu", device))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in right]
+    for (_, mine), (_, theirs) in zip(found, right, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
