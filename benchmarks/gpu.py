@@ -32,6 +32,8 @@ FP8 = ("tensorwise", "delayed", "blockwise")
 """Recipes that Hopper has; a CPU emulates them."""
 SLOWER = 5
 """Times that a part's limit is longer on a CPU, which may have other things to do."""
+GRACE = 10
+"""Seconds between asking a part to end and ending it."""
 LOG_END = 3000
 """Characters of a part's output that are kept."""
 
@@ -140,9 +142,7 @@ def run_part(part: Part, options: argparse.Namespace, scratch: Path, left: float
         except subprocess.TimeoutExpired:
             error = f"took longer than {limit:.0f} s: {last_line(log)}"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it has started
-                process.wait()
+            end(process)
     found = {"status": "failed" if error else "done", "error": error, "seconds": time.monotonic() - start}
     if out.exists():
         found["found"] = json.loads(out.read_text(encoding="utf-8"))
@@ -151,6 +151,19 @@ def run_part(part: Part, options: argparse.Namespace, scratch: Path, left: float
         lines = [line for line in text.splitlines() if line.startswith('{"check"') and line.endswith("}")]
         found["found"] = {"checks": [json.loads(line) for line in lines]}
     return found | ({"output": text[-LOG_END:]} if error else {})
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process that still runs, with those that it has started: torchrun's ranks are in sessions of their own,
+    so that it has to be asked to end them."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def last_line(log: Path) -> str:
