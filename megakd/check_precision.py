@@ -46,9 +46,9 @@ def check_backend(recipe: Recipe, world: int) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("device", "cuda", "the losses on CUDA are Triton's kernels, which is not installed",
                           "pip install the release of triton that this build of PyTorch names, or write device: cpu")
-    gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
     if recipe.precision.dtype == "fp8" and not emulated:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+    gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
 
 
 def _check_capability(recipe: str, capability: tuple[int, int], cuda: str | None) -> None:
