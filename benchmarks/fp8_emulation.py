@@ -100,22 +100,25 @@ def table(record: dict[str, Any]) -> str:
     runs, last = record["runs"], min(LAST, record["settings"]["steps"])
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     lines = [f"# Emulated FP8: SFT losses\n\n{settings}. {record['machine']['cpu']}.\n",
-             f"| run | mean loss of the last {last} steps | against fp32, same TP | largest difference of a step | "
-             "tokens a step |", "|---|---|---|---|---|"]
+             f"| run | mean loss of the last {last} steps | against bf16, same TP | all steps | "
+             "against fp32, same TP | all steps | tokens a step |", "|---|---|---|---|---|---|---|"]
     for name, each in runs.items():
-        exact = runs.get(f"fp32-tp{each['tensor']}")
-        against, largest = "", ""
-        if exact is not None:
-            off = statistics.mean(each["loss"][-last:]) / statistics.mean(exact["loss"][-last:]) - 1
-            against = f"{100 * off:+.2f} %"
-            worst = max((one / other - 1 for one, other in zip(each["loss"], exact["loss"], strict=True)), key=abs)
-            largest = f"{100 * worst:+.2f} %"
-        lines.append(f"| {name} | {statistics.mean(each['loss'][-last:]):.5f} | {against} | {largest} | "
+        cells = []
+        for exact in (runs.get(f"{precision}-tp{each['tensor']}") for precision in ("bf16", "fp32")):
+            for steps in (last, len(each["loss"])):
+                off = None if exact is None else _off(each["loss"][-steps:], exact["loss"][-steps:])
+                cells.append("" if off is None else f"{100 * off:+.2f} %")
+        lines.append(f"| {name} | {statistics.mean(each['loss'][-last:]):.5f} | {' | '.join(cells)} | "
                      f"{statistics.mean(each['tokens']):.0f} |")
     lines += ["", "| step | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
     for step in range(record["settings"]["steps"]):
         lines.append(f"| {step} | " + " | ".join(f"{each['loss'][step]:.5f}" for each in runs.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _off(losses: list[float], exact: list[float]) -> float:
+    """By how much a mean of losses is off."""
+    return statistics.mean(losses) / statistics.mean(exact) - 1
 
 
 def parser() -> argparse.ArgumentParser:
