@@ -21,14 +21,15 @@ def test_every_case_is_a_recipe_and_differs_from_the_others_in_precision_and_lay
         name: name not in ("fp32", "bf16") for name in PRECISIONS}
 
 
-def test_the_table_compares_with_float32_of_the_same_layout(tmp_path):
+def test_the_table_compares_with_bf16_and_float32_of_the_same_layout(tmp_path):
     def figures(tensor: int, losses: list[float]) -> dict:
         return {"tensor": tensor, "loss": losses, "tokens": [250, 260]}
 
-    record = {"settings": {"steps": 2}, "machine": {"cpu": "a CPU"},
-              "runs": {"fp32-tp1": figures(1, [4.0, 2.0]), "fp32-tp2": figures(2, [4.0, 3.0]),
-                       "mxfp8-tp2": figures(2, [4.4, 2.8]), "mxfp8-tp4": figures(4, [4.4, 2.8])}}
+    record = {"settings": {"steps": 6}, "machine": {"cpu": "a CPU"},
+              "runs": {"fp32-tp1": figures(1, [4.0] * 6), "fp32-tp2": figures(2, [4.0] + [2.0] * 5),
+                       "bf16-tp2": figures(2, [7.0] + [2.2] * 5), "mxfp8-tp2": figures(2, [6.0] + [2.4] * 5),
+                       "mxfp8-tp4": figures(4, [4.4] * 6)}}
     lines = table(record).splitlines()
-    assert "| mxfp8-tp2 | 3.60000 | +2.86 % | +10.00 % | 255 |" in lines
-    assert "| mxfp8-tp4 | 3.60000 |  |  | 255 |" in lines
-    assert "| 1 | 2.00000 | 3.00000 | 2.80000 | 2.80000 |" in lines
+    assert "| mxfp8-tp2 | 2.40000 | +9.09 % | +0.00 % | +20.00 % | +28.57 % | 255 |" in lines
+    assert "| mxfp8-tp4 | 4.40000 |  |  |  |  | 255 |" in lines
+    assert "| 1 | 4.00000 | 2.00000 | 2.20000 | 2.40000 | 4.40000 |" in lines
