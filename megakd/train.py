@@ -67,6 +67,7 @@ class Training:
         self.texts = read_stage_texts(run.recipe, stage, run.tokenizer) if stage.objective.reads_text else None
         self.steps = stage.steps if stage.tokens is None else self._steps_for(stage.tokens)
         self.trainer = make_trainer(self.model, stage.optimizer, self.steps)
+        self.trainer.fill_masters(run.recipe.path_of_model(stage.init))
 
     def step_at(self, number: int) -> Step:
         """The groups of step `number` (from 0). Collective where answers are drawn."""

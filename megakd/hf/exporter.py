@@ -110,7 +110,8 @@ def export_model(
         target: where to and how.
         architecture: the model as trained; config.json gets its number of layers.
         shards: this rank's chunks.
-        parameters_per_chunk: all parameters of each chunk by megatron-core name.
+        parameters_per_chunk: all parameters of each chunk by megatron-core name, in host memory or on this rank's
+            device.
         layout: the role's layout.
         at: this rank's place in it.
         tp_group: this rank's tensor group, in the order of tensor ranks; None where the tensor size is 1.
@@ -186,8 +187,7 @@ def _write_stage(
                 if tensor_rank == 0:
                     whole[piece.hf_index] = local_box(chunk, piece).cpu()
                 else:
-                    like = parameters_per_chunk[chunk][piece.parameter]
-                    whole[piece.hf_index] = _receive(piece, target.dtype, like.device, tensor_rank, tp_group).cpu()
+                    whole[piece.hf_index] = _receive(piece, target.dtype, tensor_rank, tp_group).cpu()
             yield whole
 
     for file in files:
@@ -204,14 +204,17 @@ def _write_stage(
 
 
 def _send(box: Tensor, group: dist.ProcessGroup) -> None:
-    # As bytes: no backend has to know the dtype. gloo sends from host memory only.
-    data = box.flatten().view(torch.uint8)
-    dist.send(data.cpu() if dist.get_backend(group) == "gloo" else data, group=group, group_dst=0)
+    # As bytes: no backend has to know the dtype.
+    dist.send(box.flatten().view(torch.uint8).to(_memory_of(group)), group=group, group_dst=0)
 
 
-def _receive(piece: Piece, dtype: torch.dtype, device: torch.device, source: int, group: dist.ProcessGroup) -> Tensor:
-    where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
-    data = torch.empty(piece.elements * dtype.itemsize, dtype=torch.uint8, device=where)
+def _memory_of(group: dist.ProcessGroup) -> str:
+    """What a group sends from: host memory under gloo, this rank's GPU under NCCL. Parameters may lie in either."""
+    return "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+
+
+def _receive(piece: Piece, dtype: torch.dtype, source: int, group: dist.ProcessGroup) -> Tensor:
+    data = torch.empty(piece.elements * dtype.itemsize, dtype=torch.uint8, device=_memory_of(group))
     dist.recv(data, group=group, group_src=source)
     return data.view(dtype).view(piece.hf_size)
 

@@ -5,7 +5,7 @@ Legend: V local vocabulary rows, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -44,6 +44,21 @@ def load_parameters(
         if covered[name] < parameter.numel():
             parameter.zero_()  # the rest is padding: vocabulary rows or heads
     _read(Path(directory), boxes, parameters)
+
+
+def exact_parameters(directory: Path, architecture: Architecture, shard: Shard) -> Iterator[tuple[str, Tensor]]:
+    """A chunk's parameters one after the other, in the table's order: name and values, float32 in host memory.
+
+    Raises:
+        ModelError: as `load_parameters`.
+    """
+    boxes: dict[str, list[Piece]] = {}
+    for box in pieces(architecture, shard):
+        boxes.setdefault(box.parameter, []).append(box)
+    for name, shape in parameter_shapes(architecture, shard).items():
+        values = torch.zeros(shape)
+        _read(directory, boxes.get(name, []), {name: values})
+        yield name, values
 
 
 @torch.no_grad()

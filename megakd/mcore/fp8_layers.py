@@ -70,9 +70,6 @@ def readable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def share(parameters: Mapping[str, Tensor], read: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
     """Tells a data group what its first rank has read (`readable`); parameters in FP8 are rounded from it.
 
-    What they are rounded from becomes the distributed optimizer's master weight (`get_high_precision_init_val`,
-    distrib_optimizer.py), not what FP8 has left of it.
-
     Collectives: a broadcast of each parameter over `group`.
     """
     first = dist.get_rank(group) == 0
@@ -86,8 +83,6 @@ def share(parameters: Mapping[str, Tensor], read: Mapping[str, Tensor], group: d
             plain.copy_(read[name])
         dist.broadcast(plain, group=group, group_src=0)
         parameter.copy_(plain)
-        if hasattr(parameter, "get_high_precision_init_val"):
-            parameter._high_precision_init_val = plain.cpu()
 
 
 # -------------------------------------------------------------------------------------------------------- amax history

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megakd.config_stages import Optimizer as OptimizerSettings
-from megakd.hf.pieces import Piece
+from megakd.hf.importer import exact_parameters
+from megakd.hf.pieces import Piece, parameter_shapes
 from megakd.mcore.model import Model, unwrap
 
 logger = logging.getLogger("megakd")
@@ -85,19 +86,50 @@ class Trainer:
         return owner._get_main_param_and_optimizer_states(parameter)
 
     def whole_parameters(self) -> list[dict[str, Tensor]]:
-        """Each chunk's parameters as they are to be written: those held in FP8 from their master weights, in the
-        activations' dtype and in host memory, as those of a model without FP8 weights would be.
+        """Each chunk's parameters as they are to be written, float32: the parameters themselves, or, where these are
+        rounded ones, their master weights, in host memory of the ranks that write (data coordinate 0).
 
-        Collectives: a SUM over the data group for each parameter that is held in FP8.
+        Collectives: a SUM over the data group for each rounded parameter.
         """
+        at = self.model.grid.at
         chunks = []
         for chunk in range(len(self.model.chunks)):
             whole: dict[str, Tensor] = dict(self.model.parameters_of(chunk))
-            for name, parameter in whole.items():
-                if is_float8tensor(parameter):
-                    whole[name] = self._whole(parameter, self._master_of).to("cpu", self.model.dtype)
+            if self.model.dtype != torch.float32:
+                for name, parameter in whole.items():
+                    master = self._whole(parameter, self._master_of)
+                    if at.data == 0 and at.context == 0:
+                        whole[name] = master.cpu()
             chunks.append(whole)
         return chunks
+
+    @torch.no_grad()
+    def fill_masters(self, directory: Path) -> None:
+        """Has the master weights begin with the numbers of the model's files, which 16-bit parameters have rounded.
+
+        A master that begins where its parameter stands has to be moved by half of the parameter's last place before
+        anything changes: with float32 files and small learning rates the first steps would be lost, at every stage.
+
+        Collectives: a broadcast of each parameter over the data group, float32.
+
+        Raises:
+            ModelError: the directory does not hold the model. `build_model` has read it, so only one that has changed.
+        """
+        if self.model.dtype == torch.float32:
+            return
+        group, architecture = self.model.grid.groups.dp_cp, self.model.architecture
+        first = dist.get_rank(group) == 0
+        for chunk, shard in enumerate(self.model.shards):
+            parameters = self.model.parameters_of(chunk)
+            names = ((name, None) for name in parameter_shapes(architecture, shard))
+            for name, read in exact_parameters(directory, architecture, shard) if first else names:
+                parameter = parameters[name]
+                values = torch.empty(parameter.shape, device=parameter.device)
+                if first:
+                    values.copy_(read)
+                dist.broadcast(values, group=group, group_src=0)
+                if (owned := self.slice_of(parameter)) is not None:
+                    self._master_of(parameter).copy_(values.view(-1)[owned])
 
     def _whole(self, parameter: nn.Parameter, slice_from: Callable[[nn.Parameter], Tensor]) -> Tensor:
         """Something that each replica has of its own slice of a parameter, put together, float32.

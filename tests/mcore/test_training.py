@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megakd.config import Parallel, Precision
 from megakd.config_objectives import AdpaObjective, SftObjective
 from megakd.mcore import optimizer
 from megakd.mcore.optimizer import STATES
-from tests.mcore.cases import Distillation, Job, assemble, curve, first_gradients
+from tests.mcore.cases import Distillation, Job, assemble, build, curve, first_gradients
 from tests.mcore.test_gradients import KINDS, OBJECTIVES, check, naive_gradients
 from tests.mcore.tiny import make_groups, make_llama
 from tests.ranks import run_ranks
@@ -260,3 +261,35 @@ def test_padded_heads_and_vocabulary_stay_zero(directories, untied, world, paral
         kinds.append("output_layer")
     assert padded == {f"{kind}.weight.{state}" for kind in kinds for state in ("weight", *STATES)}
     assert all(value == 0.0 for value in found.values()), found
+
+
+def _small_step(case: Distillation) -> dict[str, float] | None:
+    """A step that is smaller than half of a bf16 weight's last place: shares of the numbers that moved, and whether
+    what would be written began as the files are."""
+    directory = case.directories["student"]
+    exact = build(directory, case.parallels["student"]).parameters_of(0)
+    job = Job(case)
+    job.trainer.fill_masters(Path(directory))
+    [before] = job.trainer.whole_parameters()
+    rounded = {name: values.clone() for name, values in job.student.parameters_of(0).items()}
+    job.step(0)
+    [after] = job.trainer.whole_parameters()
+    if job.student.grid.at.data != 0:
+        return None
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    return {
+        "begins as the files": all(torch.equal(before[each], values) for each, values in exact.items()),
+        "written": float((after[name] != before[name]).float().mean()),
+        "in bf16": float((job.student.parameters_of(0)[name] != rounded[name]).float().mean()),
+    }
+
+
+@pytest.mark.parametrize("parallel", [WHOLE, TP2], ids=["dp2", "tp2"])
+def test_steps_that_bf16_cannot_hold_are_kept_and_written(untied, parallel):
+    groups = tuple(make_groups(8, (Kind.CHOSEN,), seed=5))
+    case = Distillation(untied, {"student": parallel}, {"student": 4}, SftObjective(), groups, global_batch=8,
+                        learning_rate=1e-6, eps=1e-8, precision=Precision(dtype="bf16"))
+    told = [each for each in run_ranks(2, _small_step, case) if each is not None]
+    assert told
+    for each in told:
+        assert each["begins as the files"] and each["written"] > 0.9 and each["in bf16"] < 0.1, each
