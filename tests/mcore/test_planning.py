@@ -26,6 +26,7 @@ CASES = {
     "tp2": (2, DckdObjective(), TP2, Parallel(), (4, 2), "none"),
     "tp2 sp | tp2": (2, AdpaObjective(), SP2, TP2, (4, 4), "none"),
     "tp2 sp": (2, DpoObjective(), SP2, SP2, (4, 4), "none"),
+    "tp2 sp, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
     "pp2 | tp2 sp": (2, DpoObjective(), Parallel(pipeline=2), SP2, (2, 4), "none"),
     "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),
     "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),

@@ -25,7 +25,7 @@ GENERATIONS = {
     "one process, drawn": (Parallel(), 1, 2, 6, 96, 1.0, 20, 1.0),
     "tp2, greedy": (TP2, 1, 60, 40, 16, 0.0, 0, 1.0),
     "tp2, drawn": (TP2, 2, 2, 6, 96, 1.0, 20, 1.0),
-    "tp2, long answers": (TP2, 1, 2, 60, 16, 0.7, 0, 1.0),
+    "tp2, long answers": (TP2, 1, 2, 100, 16, 0.7, 0, 1.0),
     "pp2, greedy": (PP2, 1, 20, 12, 32, 0.0, 0, 1.0),
 }
 SCORINGS = {
