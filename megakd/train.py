@@ -67,7 +67,6 @@ class Training:
         self.texts = read_stage_texts(run.recipe, stage, run.tokenizer) if stage.objective.reads_text else None
         self.steps = stage.steps if stage.tokens is None else self._steps_for(stage.tokens)
         self.trainer = make_trainer(self.model, stage.optimizer, self.steps)
-        self.trainer.fill_masters(run.recipe.path_of_model(stage.init))
 
     def step_at(self, number: int) -> Step:
         """The groups of step `number` (from 0). Collective where answers are drawn."""
@@ -122,6 +121,8 @@ def train(run: Run, stage: TrainStage, fingerprint: str) -> TrainResult:
     name = broadcast_json(None if found is None else found[0].name, 0, dist.group.WORLD, run.world.device)
     if name is not None:
         start = checkpoint.load(checkpoints / name, trainer, facts, dist.group.WORLD)
+    else:
+        trainer.fill_masters(run.recipe.path_of_model(stage.init))
     metrics: dict[str, float] = {}
     log = RunLog(
         run.folder(stage.name),
