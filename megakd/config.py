@@ -43,6 +43,11 @@ class Parallel(Section):
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def forward(self) -> Parallel:
+        """The cut where the role only runs forward: context ranks are replicas."""
+        return self.model_copy(update={"context": 1})
+
 
 class Role(Section):
     """A model that takes part in the run."""

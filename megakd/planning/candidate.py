@@ -8,11 +8,11 @@ with heads at the loss positions alone; what is made again in a backward pass (r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from megakd.hf.families import Architecture
+from megakd.batch import Kind
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory import Memory, training_memory
 from megakd.planning.setup import RoleSetup, TrainingSetup
@@ -111,23 +111,21 @@ class Candidate:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Model FLOPs of a step over all ranks, by role."""
-        trained, work = self.setup.trained, self.setup.work.roles
-        flops = {"student": (1 + BACKWARD) * _forward_flops(trained.architecture, trained, work["student"])}
+        trained, work = self.setup.trained, self.setup.work
+        flops = {"student": (1 + BACKWARD) * _forward_flops(trained, work.roles["student"], work.rows(Kind))}
         for role, teacher in self.setup.teachers.items():
-            flops[role] = _forward_flops(teacher.architecture, teacher, work[role])
+            flops[role] = _forward_flops(teacher, work.roles[role], work.rows(work.teacher_kinds[role]))
         for role, scoring in self.scoring.items():
             flops[role] = self._scored_flops(role, scoring)
         return flops
 
     def _scored_flops(self, role: str, scoring: ScoredBeforehand) -> float:
         """The trained model's micro-batches hold what the teacher has scored, and answers that it has not."""
-        kinds = self.setup.work.teacher_kinds[role]
-        micro = self.setup.work.roles["student"].micro_batches[0]
-        rows = micro.rows(kinds)
-        share = rows / micro.all_rows
-        a, copies = scoring.setup.architecture, self.setup.trained.layout.data
-        micros = len(self.setup.work.roles["student"].micro_batches)
-        return copies * micros * model_flops(a, micro.tokens * share, micro.pairs * share, rows)
+        work = self.setup.work
+        rows = work.rows(work.teacher_kinds[role])
+        share = rows / work.rows(Kind)
+        return share * _forward_flops(replace(self.setup.trained, architecture=scoring.setup.architecture),
+                                      work.roles["student"], work.rows(Kind))
 
     @property
     def mfu(self) -> float:
@@ -218,6 +216,7 @@ def layout_text(role: RoleSetup) -> str:
     return f"{' x '.join(words)}, {', '.join(extras)}"
 
 
-def _forward_flops(architecture: Architecture, role: RoleSetup, work: RoleWork) -> float:
-    copies = role.layout.data
-    return copies * model_flops(architecture, work.sum("tokens"), work.sum("pairs"), work.sum("all_rows"))
+def _forward_flops(role: RoleSetup, work: RoleWork, rows: float) -> float:
+    """Over all ranks; `rows` loss positions in all."""
+    ranks = role.layout.data * role.layout.context
+    return model_flops(role.architecture, ranks * work.sum("tokens"), ranks * work.sum("pairs"), rows)

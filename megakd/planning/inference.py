@@ -32,7 +32,7 @@ from megakd.planning.timing import (
     passes_seconds,
     pipeline_seconds,
     products_seconds,
-    stage_time,
+    stage_times,
     waiting_for_calls,
 )
 from megakd.planning.traffic import Call
@@ -135,7 +135,8 @@ def as_training(task: Generation | Scoring, micro_batch: MicroBatch) -> Training
     """A forward pass in the terms of a training: its only teacher is the model itself, and nothing has a gradient."""
     work = RoleWork((micro_batch,))
     kinds = tuple(micro_batch.loss_tokens)
-    step = StepWork({"student": work, "model": work}, {"model": kinds}, micro_batch.tokens)
+    step = StepWork({"student": work, "model": work}, {"model": kinds}, micro_batch.tokens,
+                    micro_batch.loss_tokens)
     chunk = task.chunk_tokens if isinstance(task, Scoring) else math.ceil(micro_batch.all_rows)
     return TrainingSetup(task.role, {"model": task.role}, (LossCall(1, 2, kinds, "none"),), step, chunk, task.dtype,
                          task.device)
@@ -285,7 +286,7 @@ def scoring_memory(task: Scoring, pipeline_rank: int) -> Memory:
     # Of all micro-batches: tokens and positions; rows, places and labels of the loss positions.
     numbers = 2 * task.work.tokens + 3 * task.work.all_rows
     forward = {"batches": task.micro_batches * numbers * INTEGER_BYTES,
-               "forward": forward_bytes(setup, role, task.work.tokens / role.parallel.context, streams=5)}
+               "forward": forward_bytes(setup, role, task.work.tokens, streams=5)}
     if pipeline_rank < role.parallel.pipeline - 1:
         return Memory(kept, {"forward": forward})
     rows = task.work.all_rows * role.architecture.hidden_size * setup.parameter_bytes
@@ -302,8 +303,7 @@ def scoring_memory(task: Scoring, pipeline_rank: int) -> Memory:
 def scoring_time(cluster: Cluster, task: Scoring) -> StepTime:
     """Seconds of the whole stage, without loading the model and without the disk (`Scoring.disk_bytes`)."""
     setup, role = as_training(task, task.work), task.role
-    stages = [stage_time(cluster, setup, role, "model", stage, task.work, training=False)
-              for stage in range(role.parallel.pipeline)]
+    stages = stage_times(cluster, setup, role, "model", task.work, training=False)
     forward = pipeline_seconds(stages, task.micro_batches, role.parallel.virtual_pipeline)
     signals = loss_seconds(cluster, setup, task.work) if task.heads else 0.0
     return StepTime({"forward": task.steps * forward, "signals": task.steps * task.micro_batches * signals})

@@ -83,8 +83,7 @@ def _gather_buffer(setup: TrainingSetup) -> float:
     Engine's make one each time."""
     if not setup.trained.parallel.sequence:
         return 0.0
-    tokens = setup.work.roles["student"].most("tokens") / setup.trained.parallel.context
-    return tokens * setup.trained.architecture.hidden_size * setup.parameter_bytes
+    return setup.work.roles["student"].most("tokens") * setup.trained.architecture.hidden_size * setup.parameter_bytes
 
 
 def forward_weights(setup: TrainingSetup, role: RoleSetup, pipeline_rank: int) -> float:
@@ -123,7 +122,7 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
     widths = layer_widths(trained.architecture, trained.parallel.tensor)
     under_way = trained.warmup(pipeline_rank, len(work.micro_batches))
     layer = saved_of_layer(setup, widths, trained.recompute)
-    tokens = work.most("tokens") / trained.parallel.context
+    tokens = work.most("tokens")
     residual = widths.hidden * _share(setup) * tokens * setup.parameter_bytes
     activations = under_way * shards[0].layers * layer * tokens
     if trained.parallel.virtual_pipeline > 1:
@@ -131,8 +130,13 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
     backward = {"activations": activations, "a layer's gradients": _layer_gradients(setup, widths, tokens)}
     if trained.recompute != "none":
         backward["a layer made again"] = (saved_of_layer(setup, widths, "none") - layer) * tokens
+    phases = {"backward": backward}
+    if trained.parallel.context > 1:
+        # The last layer's attention, before its MLP has kept anything.
+        kept = activations + (saved_of_layer(setup, widths, "mlp") - layer) * tokens
+        phases["keys and values travel"] = {"activations": kept, "keys and values": _exchange(setup, widths) * tokens}
     if not shards[-1].head:
-        return {"backward": backward}
+        return phases
     if trained.architecture.tied_embeddings and shards[0].embedding:
         backward["head's gradient"] = _head_gradients(setup)  # waits for the embedding's
     # The final norm's input, normalised and weighted.
@@ -141,7 +145,7 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
     # The row losses give the gradients of their rows, which are put in their places in an empty row.
     places = {"gradients in their places": whole, "loss positions": _rows(setup),
               "head's gradient": _head_gradients(setup)}
-    phases = {"loss": forward | {"loss": _loss(setup)}, "loss's backward": forward | places, "backward": backward}
+    phases |= {"loss": forward | {"loss": _loss(setup)}, "loss's backward": forward | places}
     if setup.spec == "local":
         # Of the norm in elementary operations: five float32 numbers where one is normalised.
         norm = 5 * residual / setup.parameter_bytes * STATISTICS_BYTES
@@ -155,6 +159,17 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
 def _copies(setup: TrainingSetup) -> int:
     """Copies of what a collective gathers: gloo makes one, NCCL none."""
     return 1 if setup.device == "cpu" else 0
+
+
+def _exchange(setup: TrainingSetup, widths: LayerWidths) -> float:
+    """Bytes a token that a layer's forward pass has for the exchange with the context ranks besides what it keeps.
+
+    The local attention gathers all ranks' keys and values before it puts them in order. Transformer Engine's holds each
+    message of its ring, and each rank's part of its result, until it has all.
+    """
+    ranks, pair = setup.trained.parallel.context, 2 * widths.key
+    numbers = (ranks + 1) * pair if setup.spec == "local" else (ranks - 1) * pair + ranks * widths.query
+    return numbers * setup.parameter_bytes
 
 
 def _layer_gradients(setup: TrainingSetup, widths: LayerWidths, tokens: float) -> float:
@@ -174,6 +189,12 @@ def _layer_gradients(setup: TrainingSetup, widths: LayerWidths, tokens: float) -
         2 * mlp,  # those of both halves, and of their product, which is gone
         2 * mlp + whole + gathered * _copies(setup) + first - freed,
     )
+    if (ranks := trained.parallel.context) > 1:
+        pair, copies = 2 * widths.key, 2 + _copies(setup)
+        # The attention's turn. Gradients of its result and its queries; those of all keys and values, in order and by
+        # rank; or the two buffers of a ring, with keys, values and their gradients in both, and one rank's results.
+        numbers = 2 * widths.query + copies * ranks * pair if setup.spec == "local" else 3 * widths.query + 5 * pair
+        moments = (*moments, numbers - freed)
     again = residual if trained.recompute != "none" else 0  # what the layer gives, made again
     return (residual + max(moments) + again) * tokens * setup.parameter_bytes
 
@@ -185,20 +206,24 @@ def _share(setup: TrainingSetup) -> float:
 
 def saved_of_layer(setup: TrainingSetup, widths: LayerWidths, recompute: str) -> float:
     """Bytes a token that one layer keeps for its backward pass."""
-    hidden = widths.hidden * _share(setup)
+    hidden, ranks = widths.hidden * _share(setup), setup.trained.parallel.context
     if recompute == "full":
         return hidden * setup.parameter_bytes
     mlp = 0 if recompute == "mlp" else 1
     if setup.spec == "local":
         # Both norms: input, normalised, weighted. Attention: query and key rotated, the packed projection, its output
         # sequence by sequence and together, the row sums. MLP: both halves, their activation, one half with its
-        # offset, and the product. Rotation: cosine and sine, once for query and once for key.
-        numbers = 6 * hidden + 4 * widths.query + 3 * widths.key + 5 * widths.ffn * mlp
+        # offset, and the product. Rotation: cosine and sine, once for query and once for key. With context ranks the
+        # attention has all of their keys and values instead of its rotated key and the projection.
+        attention = 4 * widths.query + 3 * widths.key if ranks == 1 else 3 * widths.query + 2 * ranks * widths.key
+        numbers = 6 * hidden + attention + 5 * widths.ffn * mlp
         return numbers * setup.parameter_bytes + STATISTICS_BYTES * (4 * widths.head_dim + widths.heads + 2)
     # Transformer Engine keeps a norm's input and output, the projection, rotated query and key, the attention's output,
-    # both halves of the MLP and their product. From its sources; not measured on a GPU yet.
+    # both halves of the MLP and their product; its ring over context ranks the last rank's keys and values in place of
+    # the rotated key and the projection. From its sources; not measured on a GPU yet.
     linear_bytes = 1 if setup.dtype == "fp8" else setup.parameter_bytes
-    numbers = (2 * hidden + 3 * widths.query + 3 * widths.key + 2 * widths.ffn * mlp) * setup.parameter_bytes
+    attention = 3 * widths.query + 3 * widths.key if ranks == 1 else 2 * widths.query + 2 * widths.key
+    numbers = (2 * hidden + attention + 2 * widths.ffn * mlp) * setup.parameter_bytes
     inputs = (2 * hidden + widths.query + widths.ffn * mlp) * linear_bytes
     return numbers + inputs + STATISTICS_BYTES * (widths.heads + 2)
 
@@ -211,7 +236,7 @@ def _loss(setup: TrainingSetup) -> float:
     scratch = 0.125 * STATISTICS_BYTES if setup.device == "cpu" else 0.0
     gradient = setup.parameter_bytes if setup.device != "cpu" and setup.parameter_bytes < STATISTICS_BYTES else 0
     widest = max((call.models * (STATISTICS_BYTES + scratch) + gradient)
-                 * min(setup.chunk_tokens, max(each.rows(call.kinds) for each in work.micro_batches))
+                 * min(setup.chunk_tokens, max(each.rows(call.kinds) for each, _ in work.repeated))
                  for call in setup.losses)
     return _rows(setup) + _head_gradients(setup) + widest * columns
 
@@ -241,8 +266,7 @@ def _teacher_phase(setup: TrainingSetup, role: str) -> dict[str, float]:
     """A teacher's forward pass: the widest moment of a layer, and the rows that it has collected."""
     teacher, work = setup.teachers[role], setup.work.roles[role]
     rows = work.sum("all_rows") * teacher.architecture.hidden_size
-    tokens = work.most("tokens") / teacher.parallel.context
-    return {f"{role}: forward": forward_bytes(setup, teacher, tokens, streams=5),
+    return {f"{role}: forward": forward_bytes(setup, teacher, work.most("tokens"), streams=5),
             f"{role}: rows to send": 3 * rows * setup.parameter_bytes}
 
 

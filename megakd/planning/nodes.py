@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megakd.config import Recipe
 from megakd.config_checks import check_world, roles_of
-from megakd.config_stages import AnyStage
+from megakd.config_stages import AnyStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
 
@@ -65,6 +65,8 @@ def check_nodes(recipe: Recipe, stages: Sequence[AnyStage], nodes: int, ranks_pe
     for stage in stages:
         for role in roles_of(stage):
             cut = recipe.role(role).parallel
+            if not isinstance(stage, TrainStage) or role != stage.trains:
+                cut = cut.forward
             if cut.ranks > world:
                 least = -(-cut.ranks // ranks_per_node)
                 rule = (f"{nodes} x {ranks_per_node} = {world} ranks are fewer than one copy of the {role} takes in "

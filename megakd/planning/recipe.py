@@ -91,7 +91,8 @@ def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int
                trained: bool = False) -> RoleSetup:
     """A model in a role's layout, that is trained or only runs forward."""
     settings = recipe.role(role)
-    return RoleSetup(architecture, settings.parallel, world, settings.micro_batch, settings.recompute,
+    parallel = settings.parallel if trained else settings.parallel.forward
+    return RoleSetup(architecture, parallel, world, settings.micro_batch, settings.recompute,
                      recipe.precision.holds_fp8_weights(trained=trained))
 
 

@@ -7,6 +7,10 @@ A step's time is, all but exactly, the trained model's plus each teacher's, whic
 in the memory of a GPU. So each role is searched by itself, what is worse in memory and time at once is left out, and
 the rest is combined. The best combinations are then timed together, which makes their numbers exact. What the engine
 refuses is left out by the engine's own rules (`check_parallel`, `check_layout`, `batch_multiple`).
+
+Context ranks whose number shares a factor with the micro-batch are left out, too: as many times more replicas with as
+many times smaller micro-batches have as many positions on a rank and as many micro-batches, and send no keys and values
+for it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import product, zip_longest
+from math import gcd
 
 from megakd.batch import Kind
 from megakd.check_precision import check_sizes
@@ -160,7 +165,8 @@ def search(question: Question, cluster: Cluster, limits: Limits = Limits()) -> l
         ConfigError: the cluster's description has no rate of the wanted arithmetic.
     """
     check_arithmetic(question, cluster)
-    students = list(layouts(question, cluster, limits, question.trains))
+    students = [each for each in layouts(question, cluster, limits, question.trains)
+                if gcd(each.parallel.context, each.micro_batch) == 1]
     if not students:
         return []
     options = teachers_options(question, cluster, limits, students)
@@ -222,7 +228,8 @@ def check_arithmetic(question: Question, cluster: Cluster) -> None:
 def layouts(question: Question, cluster: Cluster, limits: Limits, name: str) -> Iterator[RoleSetup]:
     """All layouts of one role that the engine takes, within the limits.
 
-    Tensor groups stay inside a node. Zero heads are added where a tensor size needs them.
+    Tensor groups stay inside a node. Zero heads are added where a tensor size needs them. Teachers only run forward and
+    have no context ranks.
     """
     trained = name == question.trains
     architecture = question.trained if trained else question.teachers[name]
@@ -233,7 +240,7 @@ def layouts(question: Question, cluster: Cluster, limits: Limits, name: str) -> 
         if world % (tensor * pipeline) != 0:
             continue
         chunks = divisors(architecture.layers // pipeline, limits.virtual_pipeline)
-        contexts = divisors(world // (tensor * pipeline), limits.context)
+        contexts = divisors(world // (tensor * pipeline), limits.context) if trained else [1]
         for virtual, context, sequence in product(chunks, contexts, (False, True)):
             padded = padded_kv_heads(architecture.kv_heads, tensor) != architecture.kv_heads
             cut = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megakd.planning.cluster import Cluster, Link
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
-from megakd.planning.traffic import Call, loss_calls, model_calls, training_traffic, transport_calls
+from megakd.planning.traffic import Call, context_calls, loss_calls, model_calls, training_traffic, transport_calls
 from megakd.planning.work import MicroBatch, RoleWork
 
 BACKWARD = 2
@@ -97,10 +97,10 @@ def link_of(cluster: Cluster, role: RoleSetup, axis: str) -> Link:
         ConfigError: as `Cluster.link`.
     """
     layout = role.layout
-    stride = {"tensor": 1, "data": layout.tensor * layout.context, "pipeline": layout.world // layout.pipeline,
-              "tied": layout.world // layout.pipeline, "world": 1}[axis]
-    size = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline, "tied": layout.pipeline,
-            "world": layout.world}[axis]
+    stride = {"tensor": 1, "context": layout.tensor, "data": layout.tensor * layout.context,
+              "pipeline": layout.world // layout.pipeline, "tied": layout.world // layout.pipeline, "world": 1}[axis]
+    size = {"tensor": layout.tensor, "context": layout.context, "data": layout.data, "pipeline": layout.pipeline,
+            "tied": layout.pipeline, "world": layout.world}[axis]
     return cluster.link(stride * size)
 
 
@@ -109,12 +109,11 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
     """One micro-batch on a stage of a model: its layers with their collectives; the loss is `loss_seconds`."""
     device, widths = cluster.device, layer_widths(role.architecture, role.parallel.tensor)
     layers = sum(shard.layers for shard in role.shards(pipeline_rank, setup.spec))
-    tokens, pairs = micro.tokens / role.parallel.context, micro.pairs / role.parallel.context
     sequence = role.parallel.tensor if role.parallel.sequence else 1
     forward = {
-        "products": products_seconds(cluster, setup.dtype, tokens, layer_products(widths)),
-        "attention": attention_seconds(cluster, widths, pairs, 2 * micro.pairs / micro.tokens),
-        "other kernels": passes_seconds(cluster, setup, widths, tokens, sequence),
+        "products": products_seconds(cluster, setup.dtype, micro.tokens, layer_products(widths)),
+        "attention": attention_seconds(cluster, widths, micro.pairs, 2 * micro.pairs / micro.tokens),
+        "other kernels": passes_seconds(cluster, setup, widths, micro.tokens, sequence),
     }
     again = recomputed(widths, role.recompute) if training else 0.0
     backward = {
@@ -129,16 +128,35 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
     if training:
         calls = (device.layer_backward_us + again * device.layer_forward_us) * 1e-6
         backward["calls"] = waiting_for_calls(setup, calls, sum(backward.values()))
-    messages = [call for call in model_calls(role, setup, RoleWork((micro,)), pipeline_rank, name, training=training)
-                if call.axis == "tensor" and call.size > 1]
-    heard = sum(call_seconds(cluster, call, link_of(cluster, role, "tensor")) for call in messages)
-    heard *= 1 - cluster.overlap.tensor
-    parts = (forward | {"tensor messages": heard}, {})
+    ways = tuple({part: seconds * layers for part, seconds in way.items()} for way in (forward, backward))
+    calls = model_calls(role, setup, RoleWork((micro,)), pipeline_rank, name, training=training)
+    heard = _heard(cluster, role, "tensor", calls) * (1 - cluster.overlap.tensor)
+    share = (1 / 3 if role.recompute == "none" else 1 / 2) if training else 1
+    ways[0]["tensor messages"] = heard * share
     if training:
-        share = 1 / 3 if role.recompute == "none" else 1 / 2
-        parts = forward | {"tensor messages": heard * share}, backward | {"tensor messages": heard * (1 - share)}
-    return StageTime(*({part: seconds * (1 if part == "tensor messages" else layers) for part, seconds in way.items()}
-                       for way in parts))
+        ways[1]["tensor messages"] = heard * (1 - share)
+    if role.parallel.context > 1:
+        # Transformer Engine's ring goes on beside the attention; how far that hides it has not been measured.
+        onward = context_calls(role, setup, micro.tokens, layers, name, training=False)
+        ways[0]["context messages"] = _heard(cluster, role, "context", onward)
+        if training:
+            ways[1]["context messages"] = _heard(cluster, role, "context", calls) - ways[0]["context messages"]
+    return StageTime(*ways)
+
+
+def stage_times(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: str, micro: MicroBatch, *,
+                training: bool) -> list[StageTime]:
+    """`stage_time` of every stage: those between the first and the last are alike."""
+    last = role.parallel.pipeline - 1
+    made = {stage: stage_time(cluster, setup, role, name, stage, micro, training=training)
+            for stage in {0, min(1, last), last}}
+    return [made[stage if stage in made else 1] for stage in range(last + 1)]
+
+
+def _heard(cluster: Cluster, role: RoleSetup, axis: str, calls: Sequence[Call]) -> float:
+    """Seconds of those calls that go over an axis; a message is received while the next is sent."""
+    return sum(call_seconds(cluster, call, link_of(cluster, role, axis)) for call in calls
+               if call.axis == axis and call.size > 1 and call.operation != "receive")
 
 
 def layer_products(widths: LayerWidths) -> list[tuple[int, int]]:
@@ -188,7 +206,7 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
         passes += (2 if own else 0) * chunks * trained.architecture.hidden_size
         total += passes * columns * STATISTICS_BYTES / (cluster.device.passes_gb_s * 1e9)
     messages = sum(call_seconds(cluster, call, link_of(cluster, trained, "tensor"))
-                   for call in loss_calls(setup, (micro,)) if call.size > 1)
+                   for call in loss_calls(setup, RoleWork((micro,))) if call.size > 1)
     return total + messages
 
 
@@ -199,8 +217,7 @@ def training_time(cluster: Cluster, setup: TrainingSetup) -> StepTime:
     for role, teacher in setup.teachers.items():
         micro_batches = work.roles[role].micro_batches
         mean = work.roles[role].mean
-        stages = [stage_time(cluster, setup, teacher, role, stage, mean, training=False)
-                  for stage in range(teacher.parallel.pipeline)]
+        stages = stage_times(cluster, setup, teacher, role, mean, training=False)
         parts[f"{role}: forward"] = pipeline_seconds(stages, len(micro_batches), teacher.parallel.virtual_pipeline)
         last = trained.layout.rank(pipeline=trained.parallel.pipeline - 1)
         parts[f"{role}: hidden states"] = sum(
@@ -215,8 +232,7 @@ def _student_parts(cluster: Cluster, setup: TrainingSetup) -> dict[str, float]:
     """The pipeline's schedule, seen from its slowest stage; messages; the optimizer."""
     trained, work = setup.trained, setup.work.roles["student"]
     micro, count = work.mean, len(work.micro_batches)
-    stages = [stage_time(cluster, setup, trained, "student", stage, micro, training=True)
-              for stage in range(trained.parallel.pipeline)]
+    stages = stage_times(cluster, setup, trained, "student", micro, training=True)
     loss = loss_seconds(cluster, setup, micro)
     with_loss = [*stages[:-1], StageTime(stages[-1].forward | {"loss": loss}, stages[-1].backward)]
     slowest = max(with_loss, key=lambda stage: stage.both)

@@ -2,7 +2,7 @@
 
 Bytes are those of the whole tensor that a call works on: what is reduced, what an all-gather gives, what a
 reduce-scatter is given, what a message holds. What goes over a rank's links for it is `Call.link_bytes`. Calls of a few
-numbers (metrics, the gradient's norm, shapes of messages) are left out.
+numbers (metrics, the gradient's norm, shapes of messages, sums of sequences over their context ranks) are left out.
 
 Legend: T loss positions; h hidden width.
 """
@@ -10,12 +10,11 @@ Legend: T loss positions; h hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
-from megakd.planning.sizes import buffer_numbers, head_columns, matrix_parameters
-from megakd.planning.work import MicroBatch, RoleWork
+from megakd.planning.sizes import buffer_numbers, head_columns, layer_widths, matrix_parameters
+from megakd.planning.work import RoleWork
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class Call:
     operation: str
     """all_reduce, all_gather, reduce_scatter, send or receive."""
     axis: str
-    """tensor, data, pipeline, tied (the first and last stage) or world."""
+    """tensor, context, data (and context, as gradients are summed over both), pipeline, tied (the first and last
+    stage) or world."""
     size: int
     """Ranks that take part."""
     size_bytes: float
@@ -49,7 +49,8 @@ class Call:
 def training_traffic(setup: TrainingSetup, rank: int) -> list[Call]:
     """The calls of a rank of the world in one step.
 
-    In a real step all are exact where replicas have equally much to do; a replica with less has less.
+    In a real step all are exact where replicas, and their context ranks, have equally much to do; one with less has
+    less.
     """
     trained = setup.trained
     pipeline_rank = trained.layout.coordinates(rank).pipeline
@@ -60,7 +61,7 @@ def training_traffic(setup: TrainingSetup, rank: int) -> list[Call]:
         calls += transport_calls(setup, role, rank)
     calls += model_calls(trained, setup, setup.work.roles["student"], pipeline_rank, "student", training=True)
     if pipeline_rank == trained.parallel.pipeline - 1:
-        calls += loss_calls(setup, setup.work.roles["student"].micro_batches)
+        calls += loss_calls(setup, setup.work.roles["student"])
     calls += _gradient_calls(setup, pipeline_rank)
     return [call for call in calls if call.size > 1 and call.calls > 0 and call.size_bytes > 0]
 
@@ -71,9 +72,9 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
     tensor, stages = role.parallel.tensor, role.parallel.pipeline
     shards = role.shards(pipeline_rank, setup.spec)
     layers = sum(shard.layers for shard in shards)
-    tokens = work.sum("tokens") / role.parallel.context
     micro_batches = len(work.micro_batches)
-    size = tokens / micro_batches * role.architecture.hidden_size * setup.parameter_bytes
+    tokens = work.sum("tokens") / micro_batches
+    size = tokens * role.architecture.hidden_size * setup.parameter_bytes
     first, last = shards[0].embedding, shards[-1].head
     made_again = {"none": 0, "mlp": 1, "full": 2}[role.recompute] if training else 0  # of a layer's two regions
     calls = []
@@ -88,6 +89,7 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
     else:
         reduces = layers * (2 + (2 if training else 0) + made_again) + first
         calls.append(Call("all_reduce", "tensor", tensor, size, reduces * micro_batches, f"{name}: layers"))
+    calls += context_calls(role, setup, tokens, layers * micro_batches, name, training)
     message = size / (tensor if role.parallel.sequence else 1)
     chunks = stages * role.parallel.virtual_pipeline
     parts = [pipeline_rank + number * stages for number in range(role.parallel.virtual_pipeline)]
@@ -99,9 +101,35 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
     return calls
 
 
+def context_calls(role: RoleSetup, setup: TrainingSetup, tokens: float, passes: int, name: str,
+                  training: bool) -> list[Call]:
+    """Keys and values on their way between context ranks, for so many `passes` of a layer over a rank's `tokens`.
+
+    The local attention gathers them, side by side, and scatters the sum of their gradients. Transformer Engine's sends
+    them round a ring ("p2p", which megatron-core chooses): forward every rank's reach all others; backward they go
+    round again, their gradients a message behind, so that the first message is of the ones, the last of the others, and
+    those between are of both (AttnFuncWithCPAndKVP2P in its context_parallel.py; from reading, not measured).
+    """
+    ranks = role.parallel.context
+    if ranks == 1:
+        return []
+    own = 2 * tokens * layer_widths(role.architecture, role.parallel.tensor).key * setup.parameter_bytes
+    forward = passes * (2 if training and role.recompute == "full" else 1)
+    purpose = f"{name}: keys and values"
+    if setup.spec == "local":
+        calls = [Call("all_gather", "context", ranks, ranks * own, forward, purpose)]
+        return calls + [Call("reduce_scatter", "context", ranks, ranks * own, passes, purpose)] * training
+    single, double = forward * (ranks - 1), 0
+    if training:
+        single, double = single + 2 * passes, (ranks - 2) * passes
+    return [Call(way, "context", ranks, size, count, purpose) for way in ("send", "receive")
+            for size, count in ((own, single), (2 * own, double))]
+
+
 def transport_calls(setup: TrainingSetup, role: str, rank: int) -> list[Call]:
-    """A teacher's hidden states on their way to the student's last stage: each tensor rank gets its share of the rows
-    over the network, then they gather all. In an average step no row is taken to lie on the right rank already."""
+    """A teacher's hidden states on their way to the student's last stage: of its context rank's rows each tensor rank
+    gets its share over the network, then they gather all. In an average step no row is taken to lie on the right rank
+    already."""
     trained, teacher, place = setup.trained, setup.teachers[role], setup.trained.layout.coordinates(rank)
     reads = place.pipeline == trained.parallel.pipeline - 1
     makes = teacher.layout.coordinates(rank).pipeline == teacher.parallel.pipeline - 1
@@ -119,17 +147,18 @@ def transport_calls(setup: TrainingSetup, role: str, rank: int) -> list[Call]:
             Call("all_gather", "tensor", tensor, gathered * row, 1, f"{role}: hidden states")]
 
 
-def loss_calls(setup: TrainingSetup, micro_batches: Sequence[MicroBatch]) -> list[Call]:
+def loss_calls(setup: TrainingSetup, work: RoleWork) -> list[Call]:
     """A MAX and a SUM of a few numbers a token for each chunk, and the sum of the student's d(hidden)."""
     trained, calls = setup.trained, []
     tensor, hidden = trained.parallel.tensor, trained.architecture.hidden_size
     for loss in setup.losses:
-        rows = [each.rows(loss.kinds) for each in micro_batches]
-        chunks = sum(math.ceil(each / setup.chunk_tokens) for each in rows)
-        statistics = (loss.models + loss.sums) * STATISTICS_BYTES * sum(rows)
+        rows = [(each.rows(loss.kinds), times) for each, times in work.repeated]
+        chunks = sum(math.ceil(each / setup.chunk_tokens) * times for each, times in rows)
+        every = sum(each * times for each, times in rows)
+        statistics = (loss.models + loss.sums) * STATISTICS_BYTES * every
         calls.append(Call("all_reduce", "tensor", tensor, statistics / (2 * chunks), 2 * chunks, "loss: statistics"))
         if loss.gradient != "none":
-            size = sum(rows) * hidden * STATISTICS_BYTES
+            size = every * hidden * STATISTICS_BYTES
             calls.append(Call("all_reduce", "tensor", tensor, size / chunks, chunks, "loss: d(hidden)"))
     return calls
 

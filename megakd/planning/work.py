@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import groupby
+from math import ceil, lcm
 
 from megakd.batch import Group, Kind, Padding, Step
 from megakd.layout import Layout
@@ -16,14 +18,14 @@ from megakd.teacher.transport import Route, route, travelling_rows
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a model is given at once."""
+    """What a rank is given at once: a packed row, or with context parallelism its parts of the row's sequences."""
 
     tokens: float
-    """Packed positions, filling included."""
+    """Positions, filling included."""
     pairs: float
-    """(position, attended position) pairs."""
+    """(position, attended position) pairs of these positions."""
     loss_tokens: Mapping[Kind, float]
-    """Positions with a loss in the sequences of each kind: where heads are applied, and what a teacher sends."""
+    """Those with a loss, in the sequences of each kind: where heads are applied, and what a teacher sends."""
 
     def rows(self, kinds: Iterable[Kind]) -> float:
         """Loss positions of some kinds."""
@@ -37,7 +39,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class RoleWork:
-    """The micro-batches of the replica of a role that has most to do."""
+    """The micro-batches of the replica of a role that has most to do, on its context rank with most loss positions."""
 
     micro_batches: tuple[MicroBatch, ...]
 
@@ -50,12 +52,19 @@ class RoleWork:
         return self._most_and_sums[number][1]
 
     @cached_property
+    def repeated(self) -> list[tuple[MicroBatch, int]]:
+        """The micro-batches, each with how often it comes in a row: those of an average step are one and the same,
+        thousands of times."""
+        rows = [list(same) for _, same in groupby(self.micro_batches, key=id)]
+        return [(same[0], len(same)) for same in rows]
+
+    @cached_property
     def _most_and_sums(self) -> dict[str, tuple[float, float]]:
-        """A plan asks for them hundreds of times, and there may be thousands of micro-batches."""
+        """A plan asks for them hundreds of times."""
         numbers = {}
         for name in ("tokens", "pairs", "all_rows"):
-            values = [getattr(each, name) for each in self.micro_batches]
-            numbers[name] = (max(values), sum(values))
+            values = [(getattr(each, name), times) for each, times in self.repeated]
+            numbers[name] = (max(value for value, _ in values), sum(value * times for value, times in values))
         return numbers
 
     @property
@@ -63,7 +72,7 @@ class RoleWork:
         """The mean micro-batch."""
         count = len(self.micro_batches)
         kinds = self.micro_batches[0].loss_tokens
-        rows = {kind: sum(each.rows((kind,)) for each in self.micro_batches) / count for kind in kinds}
+        rows = {kind: sum(each.rows((kind,)) * times for each, times in self.repeated) / count for kind in kinds}
         return MicroBatch(self.sum("tokens") / count, self.sum("pairs") / count, rows)
 
 
@@ -89,12 +98,19 @@ class StepWork:
     """Teacher role -> kinds of the sequences that it reads."""
     tokens: float
     """Of the whole step, over all replicas: what the throughput is told by."""
+    loss_tokens: Mapping[Kind, float]
+    """Loss positions of the whole step, over all replicas."""
     moved: Mapping[str, Moved] | None = None
     """Teacher role -> its rows' ways in a real step; None in an average one."""
 
+    def rows(self, kinds: Iterable[Kind]) -> float:
+        """Loss positions of some kinds, over all replicas."""
+        return sum(self.loss_tokens[kind] for kind in kinds if kind in self.loss_tokens)
+
     def received(self, role: str) -> float:
-        """Rows of a teacher that the student's busiest replica gets."""
-        return sum(each.rows(self.teacher_kinds[role]) for each in self.roles["student"].micro_batches)
+        """Rows of a teacher that the student's busiest replica (and context rank) gets."""
+        kinds = self.teacher_kinds[role]
+        return sum(each.rows(kinds) * times for each, times in self.roles["student"].repeated)
 
 
 def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mapping[str, int],
@@ -115,7 +131,8 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
     roles = {}
     for role, table in tables.items():
         kinds = teacher_kinds.get(role, tuple(Kind))
-        replicas = [_replica_work(step.groups, micros, kinds, paddings[role]) for micros in table]
+        context = layouts[role].context
+        replicas = [_replica_work(step.groups, micros, kinds, paddings[role], context) for micros in table]
         roles[role] = max(replicas, key=lambda work: work.sum("tokens"))
     moved = {}
     for role, kinds in teacher_kinds.items():
@@ -124,7 +141,9 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         way = route(layouts[role], layouts["student"], tables[role], tables["student"],
                     travelling_rows(step.groups, kinds), step.sample_ids)
         moved[role] = _moved(way)
-    return StepWork(roles, teacher_kinds, step.all_tokens, moved)
+    samples = [sample for group in step.groups for sample in group.samples]
+    rows = {kind: sum(sample.response_length for sample in samples if sample.kind == kind) for kind in Kind}
+    return StepWork(roles, teacher_kinds, step.all_tokens, rows, moved)
 
 
 def _moved(way: Route) -> Moved:
@@ -138,16 +157,43 @@ def _moved(way: Route) -> Moved:
 
 
 def _replica_work(groups: Sequence[Group], micros: Sequence[Sequence[int]], kinds: Sequence[Kind],
-                  padding: Padding) -> RoleWork:
+                  padding: Padding, context: int) -> RoleWork:
+    parts = _parts(context)
+    multiple = lcm(padding.multiple * context, parts)
     samples = [[sample for number in micro for sample in groups[number].samples if sample.kind in kinds]
                for micro in micros]
-    totals = [sum(len(sample.tokens) for sample in own) for own in samples]
-    batches = []
-    for own, total in zip(samples, totals, strict=True):
-        width = -(-max(max(totals) if padding.uniform else 1, total) // padding.multiple) * padding.multiple
-        rows = {kind: sum(sample.response_length for sample in own if sample.kind == kind) for kind in kinds}
-        batches.append(MicroBatch(width, _pairs([*(len(sample.tokens) for sample in own), width - total]), rows))
-    return RoleWork(tuple(batches))
+    filled = [[_up(len(sample.tokens), parts) for sample in own] for own in samples]
+    longest = max(map(sum, filled)) if padding.uniform else 1
+    ranks: list[list[MicroBatch]] = [[] for _ in range(context)]
+    for own, lengths in zip(samples, filled, strict=True):
+        total = sum(lengths)
+        width = _up(max(longest, total), multiple)
+        pairs = _pairs([*lengths, width - total]) / context
+        for rank, batches in enumerate(ranks):
+            rows = dict.fromkeys(kinds, 0.0)
+            for sample, length in zip(own, lengths, strict=True):
+                first, end = sample.prompt_length - 1, len(sample.tokens) - 1
+                rows[sample.kind] += rows_of_rank(first, end, length, rank, context)
+            batches.append(MicroBatch(width / context, pairs, rows))
+    return max((RoleWork(tuple(batches)) for batches in ranks), key=lambda work: work.sum("all_rows"))
+
+
+def _parts(context: int) -> int:
+    """Equal parts that context parallelism cuts each sequence into, which is filled up for it."""
+    return 2 * context if context > 1 else 1
+
+
+def _up(length: float, multiple: int) -> int:
+    return ceil(length / multiple) * multiple
+
+
+def rows_of_rank(first: float, end: float, length: float, rank: int, context: int) -> float:
+    """Positions from `first` up to `end` of a sequence of `length` that a context rank holds: parts `rank` and
+    2 x context - 1 - `rank` of 2 x context equal ones, so that all ranks attend to equally many positions. Answers
+    stand at the end, so their loss positions may be shared unequally."""
+    part = length / (2 * context)
+    return sum(max(0.0, min(end, (number + 1) * part) - max(first, number * part))
+               for number in (rank, 2 * context - 1 - rank))
 
 
 def _pairs(lengths: Iterable[int]) -> float:
@@ -167,19 +213,25 @@ def work_of_lengths(lengths: Lengths, kinds: Sequence[Kind], global_batch: int, 
     """The work of an average step whose groups all hold an answer of each of `kinds`; of one that comes twice, two.
 
     The other arguments: as `work_of_step` has them. A micro-batch then has the mean number of tokens; the largest of a
-    real step has more.
+    real step has more. Rows are not filled up, but for context parallelism.
     """
     roles = {}
     for role, layout in layouts.items():
         own = tuple(kind for kind in kinds if kind in teacher_kinds.get(role, kinds))
         groups = micro_batches[role]
-        roles[role] = _mean_work(lengths, own, groups, global_batch // (layout.data * groups))
-    return StepWork(roles, teacher_kinds, global_batch * len(kinds) * (lengths.prompt + lengths.answer))
+        count = global_batch // (layout.data * groups)
+        roles[role] = _mean_work(lengths, own, groups, count, layout.context)
+    rows = {kind: global_batch * kinds.count(kind) * lengths.answer for kind in kinds}
+    return StepWork(roles, teacher_kinds, global_batch * len(kinds) * (lengths.prompt + lengths.answer), rows)
 
 
 @cache
-def _mean_work(lengths: Lengths, kinds: tuple[Kind, ...], groups: int, micro_batches: int) -> RoleWork:
-    length = lengths.prompt + lengths.answer
+def _mean_work(lengths: Lengths, kinds: tuple[Kind, ...], groups: int, micro_batches: int, context: int) -> RoleWork:
+    parts, real = _parts(context), lengths.prompt + lengths.answer
+    length = real if parts == 1 else _up(real, parts)
+    first = max(lengths.prompt, 1) - 1  # the position before a token has its loss
+    own = max(rows_of_rank(first, first + lengths.answer, length, rank, context) for rank in range(context))
     answers = len(kinds) * groups
-    rows = {kind: kinds.count(kind) * groups * lengths.answer for kind in kinds}
-    return RoleWork((MicroBatch(answers * length, answers * length * (length + 1) / 2, rows),) * micro_batches)
+    rows = {kind: kinds.count(kind) * groups * own for kind in kinds}
+    micro_batch = MicroBatch(answers * length / context, answers * _pairs([length]) / context, rows)
+    return RoleWork((micro_batch,) * micro_batches)
