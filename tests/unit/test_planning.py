@@ -10,7 +10,7 @@ from megakd.batch import Group, Kind, Padding, Sample, Step
 from megakd.config import Parallel, parse
 from megakd.hf.families import Architecture
 from megakd.layout import Layout
-from megakd.planning.memory import training_memory
+from megakd.planning.memory import saved_of_layer, training_memory
 from megakd.planning.recipe import setup_of_stage
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.sizes import (
@@ -165,6 +165,137 @@ def test_filling_counts_as_work():
     assert plain.roles["student"].sum("all_rows") == filled.roles["student"].sum("all_rows") == 8
 
 
+def position_by_position(sequences: list[tuple[int, int]], multiple: int, context: int) -> list[list[int]]:
+    """(positions, pairs, loss positions) of each context rank: sequences of (prompt, length) filled up one by one and
+    the row by one more, then dealt out part by part."""
+    parts = 2 * context
+    filled = [(prompt, length, length + -length % parts) for prompt, length in sequences]
+    step = next(number for number in range(1, 10**6) if number % parts == 0 and number % (multiple * context) == 0)
+    left = -sum(whole for *_, whole in filled) % step
+    ranks = [[0, 0, 0] for _ in range(context)]
+    for prompt, length, whole in [*filled, *([(left, left, left)] if left else [])]:
+        for position in range(whole):
+            part = position // (whole // parts)
+            own = ranks[min(part, parts - 1 - part)]
+            own[0], own[1] = own[0] + 1, own[1] + position + 1
+            own[2] += prompt - 1 <= position < length - 1
+    return ranks
+
+
+@pytest.mark.parametrize(("context", "multiple"), [(2, 1), (2, 3), (4, 16), (3, 2)])
+def test_context_ranks_share_a_row_position_by_position(context, multiple):
+    sequences = [(3, 40), (21, 22), (30, 61), (1, 7)]
+    group = Group("row:0", tuple(Sample((5,) * length, prompt, Kind.CHOSEN) for prompt, length in sequences))
+    work = work_of_step(Step((group,)), {"student": Layout(context, context=context)}, {"student": 1},
+                        {"student": Padding(multiple)}, {})
+    ranks = position_by_position(sequences, multiple, context)
+    [(tokens, pairs)] = {(tokens, pairs) for tokens, pairs, _ in ranks}  # all have equally much
+    student = work.roles["student"]
+    assert (student.sum("tokens"), student.sum("pairs")) == (tokens, pairs)
+    assert student.sum("all_rows") == max(rows for *_, rows in ranks)
+    assert work.rows(Kind) == sum(rows for *_, rows in ranks) == 37 + 1 + 31 + 6
+
+
+def test_equal_micro_batches_have_the_longest_ones_row_on_context_ranks():
+    groups = tuple(Group(f"row:{length}", (Sample((5,) * length, 4, Kind.CHOSEN),)) for length in (18, 29))
+    works = {uniform: work_of_step(Step(groups), {"student": Layout(2, context=2)}, {"student": 1},
+                                   {"student": Padding(3, uniform)}, {}).roles["student"] for uniform in (False, True)}
+    # 18 and 29 are filled up to 20 and 32 (4 parts), their rows to 24 and 36 (3 rows on each of 2 ranks, 4 parts).
+    assert sorted(micro.tokens for micro in works[False].micro_batches) == [12, 18]
+    assert [micro.tokens for micro in works[True].micro_batches] == [18, 18]
+    assert max(micro.pairs for micro in works[False].micro_batches) == (32 * 33 / 2 + 4 * 5 / 2) / 2
+
+
+def test_the_mean_work_of_context_ranks_is_that_of_equal_rows():
+    layouts, kinds = {"student": Layout(8, 2, 1, 2)}, (Kind.CHOSEN, Kind.REJECTED)
+    real = work_of_step(step_of(16, 35, 7), layouts, {"student": 2}, {"student": Padding()}, {}).roles["student"]
+    mean = work_of_lengths(Lengths(35, 7), kinds, 16, layouts, {"student": 2}, {}).roles["student"]
+    # 42 positions are filled up to 44; all 7 answers' positions stand in the last of 4 parts, on one rank.
+    assert real.sum("tokens") == mean.sum("tokens") == 4 * 4 * 44 / 2
+    assert real.sum("pairs") == mean.sum("pairs") == 4 * 4 * 44 * 45 / 2 / 2
+    assert real.sum("all_rows") == mean.sum("all_rows") == 4 * 4 * 7
+    assert len(real.micro_batches) == len(mean.micro_batches) == 4
+
+
+def context_setup(context: int, device: str, recompute: str = "none", teacher: bool = False) -> TrainingSetup:
+    """Llama 8B on 8 ranks, tensor 2, two sequences of 61 + 35 tokens a micro-batch, 8 of them a step."""
+    student = RoleSetup(LLAMA_8B, Parallel(tensor=2, context=context), 8, 2, recompute)
+    teachers = {"teacher": RoleSetup(LLAMA_8B, Parallel(tensor=2), 8, 2)} if teacher else {}
+    layouts = {"student": student.layout} | {name: role.layout for name, role in teachers.items()}
+    work = work_of_lengths(Lengths(61, 35), (Kind.CHOSEN,), 8, layouts, dict.fromkeys(layouts, 2),
+                           dict.fromkeys(teachers, (Kind.CHOSEN,)))
+    return TrainingSetup(student, teachers, (LossCall(1 + teacher, 2, (Kind.CHOSEN,), "forward"),), work, 64, "bf16",
+                         device)
+
+
+OWN = 2 * 512 * 2
+"""Bytes of a position's keys and values on a tensor rank: 4 of 8 heads of 128, bf16."""
+
+
+def context_bytes(setup: TrainingSetup) -> dict[str, tuple[float, float]]:
+    """Operation -> (calls, bytes) of the first rank over its context ranks."""
+    found: dict[str, tuple[float, float]] = {}
+    for call in training_traffic(setup, 0):
+        if call.axis == "context":
+            calls, size = found.get(call.operation, (0, 0))
+            found[call.operation] = calls + call.calls, size + call.bytes
+    return found
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("mlp", 1), ("full", 2)])
+def test_keys_and_values_go_to_the_context_ranks(recompute, forwards):
+    # Tensor 2 x context 2 leaves 2 replicas with 2 micro-batches of 2 sequences of 96 positions, context 4 one with 4;
+    # 32 layers.
+    layers = 32 * 2
+    assert context_bytes(context_setup(1, "cpu", recompute)) == {}
+    whole = 2 * 96 * OWN
+    assert context_bytes(context_setup(2, "cpu", recompute)) == {
+        "all_gather": (layers * forwards, layers * forwards * whole), "reduce_scatter": (layers, layers * whole)}
+    own, layers = 2 * 96 / 4 * OWN, 32 * 4
+    # A ring of 4: forward 3 messages; backward 4, of keys and values in the first 3, of their gradients in the last 3.
+    calls, size = layers * (3 * forwards + 4), layers * (3 * forwards + 6) * own
+    assert context_bytes(context_setup(4, "cuda", recompute)) == {"send": (calls, size), "receive": (calls, size)}
+
+
+def test_gradients_and_states_are_shared_by_context_ranks_too():
+    setups = [context_setup(context, "cuda") for context in (1, 2, 4)]
+    kept = [training_memory(setup, 0).kept for setup in setups]
+    assert kept[0] == kept[1] == kept[2]  # 4 replicas, 2 x 2, 1 x 4
+    gradients = [[call for call in training_traffic(setup, 0) if call.axis == "data"] for setup in setups]
+    assert gradients[0] == gradients[1] == gradients[2] and [call.size for call in gradients[0]] == [4, 4]
+
+
+def test_a_teachers_rows_go_to_the_context_rank_that_has_their_positions():
+    # Loss positions 60 to 94 of 96. Context 2, parts of 24: the first rank has 72 to 94, the second 60 to 71. Context
+    # 4, parts of 12: the first rank has 84 to 94, the second 72 to 83, the third 60 to 71.
+    for context, rows, micro_batches in ((1, 35, 1), (2, 23, 2), (4, 12, 4)):
+        setup = context_setup(context, "cuda", teacher=True)
+        assert len(setup.work.roles["student"].micro_batches) == micro_batches
+        assert setup.work.received("teacher") == 2 * micro_batches * rows
+        # The teacher has no context ranks: 4 replicas with one micro-batch.
+        assert setup.work.roles["teacher"].sum("all_rows") == 2 * 35 and setup.work.rows(Kind) == 8 * 35
+        memory = training_memory(setup, 0)
+        assert memory.parts["teacher: hidden states"] == 2 * micro_batches * rows * 4096 * 2
+        arrived = [call for call in training_traffic(setup, 0) if call.purpose == "teacher: hidden states"]
+        assert {call.operation: call.bytes for call in arrived} == {
+            "send": 2 * 35 / 2 * 8192, "receive": micro_batches * rows * 8192,
+            "all_gather": 2 * micro_batches * rows * 8192}
+
+
+def test_attention_keeps_all_keys_and_values_on_the_cpu_and_its_own_in_a_ring():
+    # Of a position on a tensor rank: 16 query heads and 4 key heads of 128.
+    query, key = 2048, 512
+    widths = layer_widths(LLAMA_8B, 2)
+    local = [saved_of_layer(context_setup(context, "cpu"), widths, "none") for context in (1, 2, 4)]
+    # Without context ranks: rotated query and key, the projection, two results. With: the query, all keys and values.
+    assert local[1] - local[0] == 2 * (3 * query + 2 * 2 * key - 4 * query - 3 * key)
+    assert local[2] - local[1] == 2 * 2 * 2 * key
+    ring = [saved_of_layer(context_setup(context, "cuda"), widths, "none") for context in (1, 2, 4)]
+    assert ring[1] == ring[2] == ring[0] - 2 * (query + key)
+    travelling = training_memory(context_setup(4, "cuda"), 0).phases["keys and values travel"]["keys and values"]
+    assert travelling == 2 * 96 / 4 * 2 * (3 * 2 * key + 4 * query)
+
+
 def test_a_stage_of_a_recipe(tmp_path):
     raw = tiny_recipe(tmp_path)
     raw["student"]["recompute"] = "full"
@@ -181,3 +312,15 @@ def test_a_stage_of_a_recipe(tmp_path):
     assert made["dckd"].losses == (LossCall(2, 5, both, "forward"),)
     assert made["dckd"].work.tokens == stage(raw, "dckd")["global_batch"] * 2 * 30
     assert (made["dckd"].device, made["dckd"].dtype, made["dckd"].spec) == ("cpu", "fp32", "local")
+
+
+def test_only_the_trained_model_of_a_stage_has_context_ranks(tmp_path):
+    recipe = parse(tiny_recipe(tmp_path))
+    cut = {role: recipe.role(role).model_copy(update={"parallel": Parallel(context=2)})
+           for role in ("student", "teacher", "reference")}
+    recipe = recipe.model_copy(update=cut)
+    [adpa] = [each for each in recipe.stages if each.name == "adpa"]
+    setup = setup_of_stage(recipe, adpa, 4, Lengths(20, 10))
+    assert (setup.trained.layout.context, setup.trained.layout.data) == (2, 2)
+    assert {role.layout for role in setup.teachers.values()} == {Layout(4)}
+    assert len(setup.teachers) == 2

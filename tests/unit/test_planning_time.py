@@ -87,6 +87,35 @@ def test_tensor_messages_are_those_of_a_ring_and_can_be_hidden():
     assert training_time(hidden, setup(Parallel(tensor=2), world=2)).parts["student: tensor messages"] == 0
 
 
+def test_context_ranks_share_the_layers_and_send_keys_and_values():
+    cluster = small_cluster()
+    alone, shared = (training_time(cluster, setup(Parallel(context=context), world=context, batch=2)).parts
+                     for context in (1, 2))
+    # 50 positions are filled up to 52, of which each rank has 26, and attends to half of the pairs.
+    rate = lambda side: 0.1e12 * 0.5 * side / (side + 20)  # noqa: E731
+    products = sum(2 * 26 * i * o / rate(26) for i, o in ((64, 128), (64, 64), (64, 320), (160, 64)))
+    assert shared["student: products"] == pytest.approx(2 * 4 * 3 * products)
+    assert shared["student: attention"] == pytest.approx(2 * 4 * 3.5 * 4 * 64 * 52 * 53 / 2 / 2 / (0.1e12 * 0.2))
+    # Keys and values of 2 x 16 numbers gathered in each layer, their gradients scattered; half of it over the link.
+    size = 52 * 2 * 32 * 4
+    assert shared["student: context messages"] == pytest.approx(2 * 4 * 2 * (size / 2 / 2e9 + 20e-6))
+    assert "student: context messages" not in alone
+    # Of the loss positions, 29 to 48, the third quarter (26 to 38) and the fourth have 10 each, in two chunks.
+    loss = 3 * 2 * 10 * 64 * 1024 / rate(8) + (5 * 10 + 2 * 10 + 2 * 2 * 64) * 1024 * 4 / 10e9
+    assert shared["loss"] == pytest.approx(2 * loss)
+    again = training_time(cluster, setup(Parallel(context=2), world=2, recompute="full")).parts
+    assert again["student: context messages"] == pytest.approx(1.5 * shared["student: context messages"])
+
+
+def test_a_ring_is_not_hidden():
+    fields = cluster_fields(device_type="cuda", overlap={"tensor": 1.0, "data": 1.0, "pipeline": 1.0})
+    ring = replace(setup(Parallel(context=4), world=4), device="cuda")
+    time = training_time(Cluster.model_validate(fields), ring)
+    own = 56 / 4 * 2 * 32 * 4  # 50 positions filled up to 56
+    # Forward 3 messages, backward 4, of which the middle two are of keys, values and gradients.
+    assert time.parts["student: context messages"] == pytest.approx(2 * 4 * (9 * own / 2e9 + 7 * 20e-6))
+
+
 def test_gradients_hide_behind_the_last_micro_batch_only():
     apart = training_time(small_cluster(), setup(world=2)).parts["gradients between replicas"]
     assert apart > 0
@@ -116,6 +145,8 @@ def test_an_axis_is_as_slow_as_its_slowest_link():
     assert link_of(cluster, role, "data") == cluster.node_link  # 2 x 2 neighbours of a node of 4
     assert link_of(cluster, role, "pipeline") == cluster.network_link
     assert link_of(cluster, replace(role, world=4), "pipeline") == cluster.node_link
+    for context, link in ((2, cluster.node_link), (4, cluster.network_link)):
+        assert link_of(cluster, RoleSetup(MODEL, Parallel(tensor=2, context=context), 8, 1), "context") == link
 
 
 def test_calls_count_where_the_caller_computes_and_where_kernels_are_shorter():
