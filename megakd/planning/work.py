@@ -11,7 +11,7 @@ from functools import cache, cached_property
 
 from megakd.batch import Group, Kind, Padding, Step
 from megakd.layout import Layout
-from megakd.teacher.transport import Route, route, travelling_rows
+from megakd.teacher.transport import Route, route, shares
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         if role not in layouts:  # read from disk
             continue
         way = route(layouts[role], layouts["student"], tables[role], tables["student"],
-                    travelling_rows(step.groups, kinds), step.sample_ids)
+                    shares(step.groups, kinds, layouts["student"].context), step.sample_ids)
         moved[role] = _moved(way)
     return StepWork(roles, teacher_kinds, step.all_tokens, moved)
 
