@@ -2,13 +2,18 @@
 
 A micro-batch is packed: its sequences lie one after the other in one row of tokens, and none is padded to the longest.
 
-Legend: B sequences of a micro-batch, P packed positions, T loss positions of the micro-batch (in the order of P).
+Under context parallelism every sequence is cut: filled up to a multiple of 2C, for C context ranks, it has 2C equal
+parts, of which rank c holds number c and number 2C-1-c. So each rank has early and late positions, and as much
+attention to calculate as any other. Transformer Engine's attention takes no other order.
+
+Legend: B sequences of a micro-batch, P packed positions that a rank holds (all of them without context parallelism), T
+loss positions among them (in the order of P), W positions of the whole row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -84,7 +89,7 @@ class Group:
 class LossPositions:
     """The T positions of a micro-batch that have a loss, in the order of its sequences.
 
-    `places_T` are their places in the packed row, `rows_T` their sequences' numbers in [0, B).
+    `places_T` are their places among the P positions, `rows_T` their sequences' numbers in [0, B).
     """
 
     places_T: Tensor
@@ -95,15 +100,17 @@ class LossPositions:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, packed, on one device.
+    """One micro-batch, packed, on one device; of a context rank (`Padding`), its part of each sequence.
 
-    Sequence b is at `[cu_seqlens[b], cu_seqlens[b + 1])` of the packed row. Where the row had to be filled up
-    (`Padding`) the filling is one sequence more in `cu_seqlens` (int32, B + 1 or B + 2 numbers), with no loss.
+    Sequence b, with its filling, is at `[cu_seqlens[b], cu_seqlens[b + 1])` of the whole row. Where the row had to be
+    filled up (`Padding`) that filling is one sequence more in `cu_seqlens` (int32, B + 1 or B + 2 numbers), without
+    loss.
     `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
     to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
-    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `scores_B`
-    (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T` (float64) are those
-    of `Draw`, at the loss positions; zero where there is none.
+    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `lengths_B`
+    are the loss positions of whole sequences. `scores_B` (float64) are the teacher's scores, NaN where there are none.
+    `draw_log_probs_T` and `returns_T` (float64) are those of `Draw`, at the loss positions; zero where there is none.
+    `context` is the number of ranks that the row is cut over.
     """
 
     tokens_P: Tensor
@@ -115,24 +122,25 @@ class Batch:
     kinds_B: Tensor
     sample_ids_B: Tensor
     group_ids_B: Tensor
+    lengths_B: Tensor
     scores_B: Tensor
     draw_log_probs_T: Tensor
     returns_T: Tensor
+    context: int
 
     @cached_property
     def positions(self) -> LossPositions:
         """The loss positions, in the order that every [T, ...] tensor of this micro-batch has."""
         (places_T,) = self.loss_mask_P.nonzero(as_tuple=True)
-        rows_T = torch.searchsorted(self.cu_seqlens, places_T.int(), right=True) - 1
+        rows_T = torch.searchsorted(self.cu_seqlens // self.context, places_T.int(), right=True) - 1
         return LossPositions(places_T, rows_T, self.labels_P[places_T], self.kinds_B[rows_T])
 
     def counts(self) -> dict[str, int]:
         """The denominators that this micro-batch adds to: `tokens` and `groups`, and for each kind `<kind>_tokens` and
-        `<kind>_answers`, which are sequences."""
-        kinds_T = self.positions.kinds_T
-        counts = {f"{kind.name.lower()}_tokens": int((kinds_T == kind).sum()) for kind in Kind}
+        `<kind>_answers`, which are sequences. Of the whole sequences, on every context rank."""
+        counts = {f"{kind.name.lower()}_tokens": int(self.lengths_B[self.kinds_B == kind].sum()) for kind in Kind}
         counts |= {f"{kind.name.lower()}_answers": int((self.kinds_B == kind).sum()) for kind in Kind}
-        return {"tokens": kinds_T.numel(), "groups": int(self.group_ids_B.max()) + 1, **counts}
+        return {"tokens": int(self.lengths_B.sum()), "groups": int(self.group_ids_B.max()) + 1, **counts}
 
 
 Table = Sequence[Sequence[Sequence[int]]]
@@ -203,12 +211,41 @@ def _deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Padding:
-    """What a model needs its packed rows to be filled up to."""
+    """What a model needs its packed rows to be filled up to, and which part of them a rank holds."""
 
     multiple: int = 1
     """P is a multiple of it (sequence parallelism needs the tensor size, FP8 its own blocks)."""
     uniform: bool = False
     """Whether all micro-batches of a replica's step have one P (the interleaved schedule needs it)."""
+    context: int = 1
+    """Context-parallel ranks that each sequence is cut over."""
+    context_rank: int = 0
+    """Which of them this is."""
+
+    def filled(self, length: int) -> int:
+        """The length of a sequence with its filling."""
+        parts = 1 if self.context == 1 else 2 * self.context
+        return -(-length // parts) * parts
+
+    def width(self, lengths: Iterable[int], at_least: int = 1) -> int:
+        """W of a row of sequences of these lengths (before filling), and no less than `at_least`."""
+        multiple = math.lcm(self.multiple * self.context, self.filled(1))
+        return -(-max(at_least, sum(map(self.filled, lengths))) // multiple) * multiple
+
+    def own(self, length: int) -> list[range]:
+        """The positions of a sequence of `length` tokens, some of them perhaps filling, that this rank holds."""
+        if self.context == 1:
+            return [range(length)]
+        part = self.filled(length) // (2 * self.context)
+        numbers = (self.context_rank, 2 * self.context - 1 - self.context_rank)
+        return [range(number * part, (number + 1) * part) for number in numbers]
+
+    def own_rows(self, sample: Sample) -> list[range]:
+        """Which of a sequence's loss positions, counted from its first, this rank holds: one or two ranges, none of
+        them empty."""
+        first, stop = sample.prompt_length - 1, len(sample.tokens) - 1
+        rows = [range(max(own.start, first) - first, min(own.stop, stop) - first) for own in self.own(stop + 1)]
+        return [each for each in rows if len(each) > 0]
 
 
 def collate(
@@ -216,7 +253,7 @@ def collate(
     sample_ids: Sequence[Sequence[int]],
     *,
     pad_id: int,
-    multiple: int = 1,
+    padding: Padding = Padding(),
     at_least: int = 1,
     device: torch.device | str = "cpu",
 ) -> Batch:
@@ -226,8 +263,8 @@ def collate(
         groups: the micro-batch's groups, G of them.
         sample_ids: for each group its sequences' numbers within the step (`number_samples`).
         pad_id: token that the row is filled up with; no real token attends to it, and it has no loss.
-        multiple: P is rounded up to a multiple of it.
-        at_least: smallest P before that rounding.
+        padding: how the row is filled up and cut.
+        at_least: smallest W before the row is filled up.
         device: where the tensors go.
     """
     flat = [
@@ -235,38 +272,37 @@ def collate(
         for number, (group, ids) in enumerate(zip(groups, sample_ids, strict=True))
         for i, sample in enumerate(group.samples)
     ]
-    lengths = [len(sample.tokens) for sample, _, _ in flat]
-    real = sum(lengths)
-    width = -(-max(at_least, real) // multiple) * multiple
-    if width > real:
-        lengths.append(width - real)
+    lengths = [padding.filled(len(sample.tokens)) for sample, _, _ in flat]
+    width = padding.width((len(sample.tokens) for sample, _, _ in flat), at_least)
+    if width > sum(lengths):
+        lengths.append(width - sum(lengths))
     cu_seqlens = [0, *accumulate(lengths)]
-    tokens_P = torch.full((width,), pad_id, dtype=torch.int64)
-    labels_P = torch.full((width,), pad_id, dtype=torch.int64)
-    loss_mask_P = torch.zeros(width, dtype=torch.bool)
+    tokens_W = torch.full((width,), pad_id, dtype=torch.int64)
+    labels_W = torch.full((width,), pad_id, dtype=torch.int64)
+    loss_mask_W = torch.zeros(width, dtype=torch.bool)
+    draws_2W = torch.zeros(2, width, dtype=torch.float64)
     for start, (sample, _, _) in zip(cu_seqlens, flat, strict=False):
-        stop = start + len(sample.tokens)
-        tokens_P[start:stop] = torch.tensor(sample.tokens)
-        labels_P[start : stop - 1] = tokens_P[start + 1 : stop]
-        loss_mask_P[start + sample.prompt_length - 1 : stop - 1] = True
-    position_ids_P = torch.cat([torch.arange(length) for length in lengths])
-    integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat]]
-    kinds_B, sample_ids_B, group_ids_B = (torch.tensor(values, device=device) for values in integers)
-    scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64, device=device)
-    packed = (tokens_P, labels_P, loss_mask_P, position_ids_P, torch.tensor(cu_seqlens, dtype=torch.int32))
-    draws_2T = _draws([sample for sample, _, _ in flat]).to(device)
-    return Batch(*(tensor.to(device) for tensor in packed), max(lengths), kinds_B, sample_ids_B, group_ids_B, scores_B,
-                 *draws_2T)
-
-
-def _draws(samples: Sequence[Sample]) -> Tensor:
-    """`Draw.log_probs` and `Draw.returns` [2, T] of all responses, zeros for those without."""
-    columns: list[Tensor] = [torch.empty(2, 0, dtype=torch.float64)]
-    for sample in samples:
-        zeros = (0.0,) * sample.response_length
-        draw = Draw(zeros, zeros) if sample.draw is None else sample.draw
-        columns.append(torch.tensor([draw.log_probs, draw.returns], dtype=torch.float64))
-    return torch.cat(columns, 1)
+        first, stop = start + sample.prompt_length - 1, start + len(sample.tokens)
+        tokens_W[start:stop] = torch.tensor(sample.tokens)
+        labels_W[start : stop - 1] = tokens_W[start + 1 : stop]
+        loss_mask_W[first : stop - 1] = True
+        if sample.draw is not None:
+            draws_2W[:, first : stop - 1] = torch.tensor(
+                [sample.draw.log_probs, sample.draw.returns], dtype=torch.float64
+            )
+    position_ids_W = torch.cat([torch.arange(length) for length in lengths])
+    own_P = torch.cat([torch.arange(start + part.start, start + part.stop)
+                       for start, length in zip(cu_seqlens, lengths, strict=False) for part in padding.own(length)])
+    packed = [tensor_W[own_P] for tensor_W in (tokens_W, labels_W, loss_mask_W, position_ids_W)]
+    draws_2T = draws_2W[:, own_P][:, packed[2]]
+    integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat],
+                [sample.response_length for sample, _, _ in flat]]
+    scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64)
+    tensors = [*packed, torch.tensor(cu_seqlens, dtype=torch.int32), *map(torch.tensor, integers), scores_B, *draws_2T]
+    (tokens_P, labels_P, loss_mask_P, position_ids_P, starts, kinds_B, sample_ids_B, group_ids_B, lengths_B, scores_B,
+     draw_log_probs_T, returns_T) = (tensor.to(device) for tensor in tensors)
+    return Batch(tokens_P, labels_P, loss_mask_P, position_ids_P, starts, max(lengths), kinds_B, sample_ids_B,
+                 group_ids_B, lengths_B, scores_B, draw_log_probs_T, returns_T, padding.context)
 
 
 @dataclass(frozen=True)
@@ -329,13 +365,16 @@ class Step:
                     if sample.kind in kinds]
             groups[number] = Group(group.key, tuple(sample for sample, _ in kept))
             sample_ids[number] = [own for _, own in kept]
-        longest = max(sum(groups[number].total_length for number in numbers) for numbers in micro_batches)
+        longest = max(
+            padding.width(len(sample.tokens) for number in numbers for sample in groups[number].samples)
+            for numbers in micro_batches
+        )
         return [
             collate(
                 [groups[number] for number in numbers],
                 [sample_ids[number] for number in numbers],
                 pad_id=pad_id,
-                multiple=padding.multiple,
+                padding=padding,
                 at_least=longest if padding.uniform else 1,
                 device=device,
             )

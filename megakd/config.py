@@ -32,7 +32,8 @@ class Parallel(Section):
     virtual_pipeline: int = Field(1, ge=1)
     """Model chunks a pipeline rank holds (interleaved schedule); 1 is the plain 1F1B schedule."""
     context: int = Field(1, ge=1)
-    """Context-parallel size; more than 1 needs Transformer Engine."""
+    """Context-parallel size: ranks that share the tokens of each sequence where the role is trained. Elsewhere they are
+    replicas: without a backward pass nothing is kept that a long sequence would have too much of."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel regions are cut along the sequence."""
     pad_heads: bool = False
@@ -45,7 +46,7 @@ class Parallel(Section):
 
     @property
     def forward(self) -> Parallel:
-        """The cut where the role only runs forward: context ranks are replicas."""
+        """How the model is cut where it is not trained."""
         return self.model_copy(update={"context": 1})
 
 

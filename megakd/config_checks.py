@@ -42,7 +42,9 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     """
     stages = [stage for stage in recipe.stages if not only or stage.name in only]
     for name in ("student", "teacher", "reference"):
+        trained = any(isinstance(stage, TrainStage) and stage.trains == name for stage in stages)
         parallel = recipe.role(name).parallel
+        parallel = parallel if trained else parallel.forward
         if any(name in roles_of(stage) for stage in stages) and world % parallel.ranks != 0:
             raise ConfigError(
                 f"{name}.parallel",
@@ -88,11 +90,12 @@ def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     online = [role for role in stage.objective.roles if role not in stage.signals.stages]
     for name in (stage.trains, *online):
         role = recipe.role(name)
-        multiples[name] = batch_multiple(role.parallel, role.micro_batch, world)
-        data = world // role.parallel.ranks
+        parallel = role.parallel if name == stage.trains else role.parallel.forward
+        multiples[name] = batch_multiple(parallel, role.micro_batch, world)
+        data = world // parallel.ranks
         rules[name] = f"{name}'s data-parallel size {data} x {name}.micro_batch {role.micro_batch}"
-        if role.parallel.virtual_pipeline > 1:
-            rules[name] += f" x its pipeline size {role.parallel.pipeline} (the interleaved schedule)"
+        if parallel.virtual_pipeline > 1:
+            rules[name] += f" x its pipeline size {parallel.pipeline} (the interleaved schedule)"
     fitting = math.lcm(*multiples.values())
     for name, multiple in multiples.items():
         if stage.global_batch % multiple != 0:
@@ -296,9 +299,6 @@ def _check_eval_stage(stage: EvalStage) -> None:
 
 def check_parallel(name: str, parallel: Parallel) -> None:
     """Checks the sizes of a role's layout against one another. Raises ConfigError."""
-    if parallel.context > 1:
-        raise ConfigError(f"{name}.parallel.context", parallel.context, "context parallelism is not available yet",
-                          "Write 1")
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(f"{name}.parallel.sequence", True, "sequence parallelism needs tensor > 1",
                           f"Raise {name}.parallel.tensor or leave it out")

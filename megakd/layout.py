@@ -37,13 +37,22 @@ class Layout:
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks of one replica."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def data(self) -> int:
-        """Number of copies of the model."""
+        """Number of replicas, each of which works on sequences of its own."""
         return self.world // self.model_ranks
+
+    @property
+    def copies(self) -> int:
+        """Number of copies of the model; a replica has one for each of its context ranks."""
+        return self.data * self.context
+
+    def copy(self, at: Coordinates) -> int:
+        """Which of the copies a rank belongs to: its place along the data and context axes together."""
+        return at.data * self.context + at.context
 
     def coordinates(self, rank: int) -> Coordinates:
         """The coordinates of `rank` (0 <= rank < world)."""

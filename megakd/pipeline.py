@@ -20,7 +20,7 @@ from megakd import interruption
 from megakd.comm import broadcast_json
 from megakd.config import Recipe, dump
 from megakd.config_checks import roles_of
-from megakd.config_stages import AnyStage
+from megakd.config_stages import AnyStage, TrainStage
 from megakd.disk import write_text_atomic
 from megakd.errors import MegakdError
 from megakd.gpus import TRACES
@@ -54,7 +54,7 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
 def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """`run_recipe` in a process that has joined the others already."""
     run = Run(recipe, world)
-    runtime.seed(recipe.seed, run.grid("student"))
+    runtime.seed(recipe.seed, run.grid("student", trained=True))
     if run.is_root:
         recipe.output.mkdir(parents=True, exist_ok=True)
         for name in redo:
@@ -87,7 +87,7 @@ def _run_or_skip(run: Run, stage: AnyStage) -> None:
         seconds = result.seconds_before + time.perf_counter() - clock
         Manifest(
             stage=stage.name, kind=stage.kind, fingerprint=fingerprint, inputs=plan["inputs"], config=config,
-            versions=versions(), layout={role: _sizes(run, role) for role in roles_of(stage)},
+            versions=versions(), layout={role: _sizes(run, stage, role) for role in roles_of(stage)},
             ranks=run.world.size, started=started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 2), tokens=result.tokens,
             metrics=dict(result.metrics),
@@ -107,8 +107,8 @@ def _plan(run: Run, stage: AnyStage, config: dict[str, Any]) -> dict[str, Any]:
     return {"refused": None, "inputs": inputs, "done": done is not None and stage.kind != "report"}
 
 
-def _sizes(run: Run, role: str) -> dict[str, int]:
-    layout = run.layout(role)
+def _sizes(run: Run, stage: AnyStage, role: str) -> dict[str, int]:
+    layout = run.layout(role, trained=isinstance(stage, TrainStage) and role == stage.trains)
     return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megakd.batch import Batch, Kind, Step
 from megakd.check import tokenizer_of
-from megakd.config import Recipe, Role
+from megakd.config import Parallel, Recipe, Role
 from megakd.data.dataset import read_rows
 from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import Tokenizer
@@ -63,14 +63,18 @@ class Run:
         """The folder of a stage."""
         return self.recipe.output / "stages" / stage
 
-    def layout(self, role: str) -> Layout:
-        """A role's layout over this run's world."""
-        parallel = self.recipe.role(role).parallel
+    def layout(self, role: str, *, trained: bool = False) -> Layout:
+        """A role's layout over this run's world, where it is trained or where it only runs forward."""
+        parallel = self._parallel(role, trained)
         return Layout(self.world.size, parallel.tensor, parallel.pipeline, parallel.context)
 
-    def grid(self, role: str) -> Grid:
-        """A role's process groups. Collective over the world at the first call for a layout."""
-        layout = self.layout(role)
+    def _parallel(self, role: str, trained: bool) -> Parallel:
+        parallel = self.recipe.role(role).parallel
+        return parallel if trained else parallel.forward
+
+    def grid(self, role: str, *, trained: bool = False) -> Grid:
+        """The process groups of `layout`. Collective over the world at the first call for a layout."""
+        layout = self.layout(role, trained=trained)
         if layout not in self._grids:
             self._grids[layout] = make_grid(layout, self.world.timeout)
         return self._grids[layout]
@@ -80,11 +84,12 @@ class Run:
         elsewhere, which FP8 must not round."""
         path, precision = self.recipe.path_of_model(model), self.recipe.precision
         settings: Role = self.recipe.role(role)
+        trained = use == "training"
         if use == "copy":
             precision = precision.model_copy(update={"fp8_weights": "none"})
         return build_model(
-            path, Architecture.read(path), settings.parallel, settings.recompute, precision,
-            self.grid(role), self.world.device, trained=use == "training",
+            path, Architecture.read(path), self._parallel(role, trained), settings.recompute, precision,
+            self.grid(role, trained=trained), self.world.device, trained=trained,
         )
 
     def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:

@@ -26,7 +26,7 @@ from megakd.mcore.model import Model, freeze
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext, Requires
+from megakd.objectives.base import Requires
 from megakd.provenance import ROLLOUTS, SCORES
 from megakd.rollout.online import OnlineGroups
 from megakd.run import Run
@@ -93,7 +93,7 @@ class Training:
             for role, teacher in self.teachers.items()
         }
         batches = run.batches(step, stage.trains, model, pad_id=run.tokenizer.pad_id)
-        context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens, step.counts)
+        context = model.loss_context(stage.chunk_tokens, step.counts)
         self.trainer.zero_grad()
         result = forward_backward(model, batches, by_micro_batch(signals, len(batches)), self.objective, context)
         return dict(result.metrics)

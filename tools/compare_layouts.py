@@ -91,7 +91,7 @@ def worker(path: str, overrides: list[str], stage_name: str, out: Path) -> int:
     world = runtime.start(recipe.device)
     try:
         run = Run(recipe, world)
-        runtime.seed(recipe.seed, run.grid("student"))
+        runtime.seed(recipe.seed, run.grid("student", trained=True))
         training = Training(run, stages[0])
         metrics = training.forward_backward(training.step_at(0))
         boxes = training.trainer.gradient_boxes()

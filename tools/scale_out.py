@@ -29,7 +29,7 @@ from megakd.hf.pieces import parameter_shapes, stage_shards
 from megakd.layout import Layout
 from megakd.mcore import runtime
 from megakd.mcore.grid import make_grid
-from megakd.teacher.transport import route, travelling_rows
+from megakd.teacher.transport import route, shares
 
 LLAMA_8B = Architecture("llama", 4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, None, False, False, 8192)
 STUDENT, TEACHER = {"tensor": 8}, {"tensor": 8, "pipeline": 4}
@@ -117,7 +117,7 @@ def plans_of(world: int, steps: int, micro_batch: int = 1) -> Plans:
         start = time.process_time()
         table = step.table(student.data, micro_batch)
         beside = step.table_beside(table, teacher.data, micro_batch)
-        rows = travelling_rows(step.groups, (Kind.CHOSEN, Kind.REJECTED))
+        rows = shares(step.groups, (Kind.CHOSEN, Kind.REJECTED), student.context)
         way = route(teacher, student, beside, table, rows, step.sample_ids)
         sent, received = way.sends(rank), way.receives(rank)
         seconds.append(time.process_time() - start)

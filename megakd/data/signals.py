@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class Entry:
     shard: int
     start: int
     rows: int
+
+    def part(self, rows: range) -> Entry:
+        """Some of its rows, counted from its first."""
+        return replace(self, start=self.start + rows.start, rows=len(rows))
 
 
 @dataclass(frozen=True)

@@ -132,22 +132,43 @@ def check_weights(tokens: int, **weights: Tensor) -> None:
             raise LossInputError(f"{name}_weights_T is {found}: it must be one floating-point number for each token")
 
 
-def sequence_sums(values_T: Tensor, rows_T: Tensor, rows: int) -> Tensor:
+class _SumOverRanks(torch.autograd.Function):
+    """SUM over a group whose ranks all make the same of the sums: each one's gradient is that of its own values."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def sequence_sums(
+    values_T: Tensor, rows_T: Tensor, rows: int, *, cp_group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Sums of a micro-batch's token values over each sequence.
 
     Args:
         values_T: a value a token, e.g. log-probabilities.
         rows_T: the sequence of each token, in [0, rows).
         rows: number N of sequences; one without tokens gets 0.
+        cp_group: ranks that have the sequences' other tokens (context parallelism); None where there are none.
 
     Returns:
-        sums_N, differentiable; no collectives.
+        sums_N, differentiable, over all ranks' tokens. Every rank's gradient is that of its own values, as long as all
+        ranks make the same loss of the sums.
+
+    Collectives: one SUM over `cp_group` [N], none in the backward pass.
     """
     if values_T.dim() != 1 or values_T.shape != rows_T.shape:
         raise LossInputError(f"values_T is {list(values_T.shape)} and rows_T {list(rows_T.shape)}: both must be [T]")
     # Masked sums rather than index_add: that one adds in an arbitrary order on CUDA, and runs must repeat bit for bit.
     sequences_N1 = torch.arange(rows, device=rows_T.device)[:, None]
-    return torch.where(rows_T == sequences_N1, values_T, 0.0).sum(1)
+    sums_N = torch.where(rows_T == sequences_N1, values_T, 0.0).sum(1)
+    return sums_N if cp_group is None else _SumOverRanks.apply(sums_N, cp_group)
 
 
 def sequence_weights(loss: Callable[..., Tensor], *scores: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

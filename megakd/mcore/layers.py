@@ -1,7 +1,8 @@
 """The modules that a transformer layer is built from: local ones for any device, Transformer Engine's on CUDA.
 
-Legend: S positions, B sequences, N local query heads, G local key/value groups, D head width, H hidden width. Packed
-sequences are one row: S is then their tokens together, and B is 1.
+Legend: S positions that this rank holds, B sequences, N local query heads, G local key/value groups, D head width, H
+hidden width, W positions of all context ranks. Packed sequences are one row: S is then their tokens together, and B is
+1.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -50,9 +53,13 @@ class CachedAttention(nn.Module):
     row's own positions.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: object):
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection, **_: object
+    ):
         super().__init__()
         self.layer_number = layer_number
+        self.context = config.context_parallel_size
+        self.cp_group = pg_collection.cp
         self.cache: KVCache | None = None
         self.cache_layer = 0
 
@@ -65,11 +72,17 @@ class CachedAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None,
         **__: object,
     ) -> Tensor:
-        """-> context [S, B, N*D] in the query's dtype. No collective: heads are local."""
+        """-> context [S, B, N*D] in the query's dtype.
+
+        Heads are local. Collectives: an all-gather of keys and values over the context group, and in the backward pass
+        a reduce-scatter of their gradients; none without context parallelism, nor with a cache.
+        """
         if self.cache is not None:
             context_SBND = self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD)
             return context_SBND.flatten(2)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        if self.context > 1:
+            return self._across_ranks(query_SBND, key_SBGD, value_SBGD, lengths)
         grouped = query_SBND.shape[2] != key_SBGD.shape[2]
         # One call a sequence: attention's own work is theirs alone, and no mask of the whole row is ever made.
         contexts = [
@@ -80,6 +93,31 @@ class CachedAttention(nn.Module):
             )
         ]
         return torch.cat([context_BNSD.permute(2, 0, 1, 3) for context_BNSD in contexts]).flatten(2)
+
+    def _across_ranks(
+        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """Attention of this rank's two parts of each sequence to all that comes before them (`Padding.own`)."""
+        ranks, rank = self.context, dist.get_rank(self.cp_group)
+        both_WBGE = gather_from_sequence_parallel_region(
+            torch.cat([key_SBGD, value_SBGD], dim=-1), tensor_parallel_output_grad=True, group=self.cp_group
+        )
+        both_WBGE = both_WBGE[sequence_order(lengths, ranks).to(both_WBGE.device)]
+        grouped = query_SBND.shape[2] != key_SBGD.shape[2]
+        contexts, own, start = [], 0, 0
+        for length in lengths:
+            part = length // (2 * ranks)
+            for number in (rank, 2 * ranks - 1 - rank):
+                query = query_SBND[own : own + part].permute(1, 2, 0, 3)
+                key, value = both_WBGE[start : start + (number + 1) * part].permute(1, 2, 0, 3).chunk(2, dim=-1)
+                seen_SS = torch.ones(part, (number + 1) * part, dtype=torch.bool, device=query.device)
+                context = nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask=seen_SS.tril(number * part), enable_gqa=grouped
+                )
+                contexts.append(context.permute(2, 0, 1, 3))
+                own += part
+            start += length
+        return torch.cat(contexts).flatten(2)
 
 
 class CachedTEAttention(nn.Module):
@@ -124,7 +162,29 @@ class CachedTEAttention(nn.Module):
             return self.cache.attend(self.cache_layer, query_SBND, key_SBGD, value_SBGD).flatten(2)
         query, key, value = (tensor.squeeze(1) for tensor in (query_SBND, key_SBGD, value_SBGD))
         packed = replace(packed_seq_params, qkv_format="thd")
+        if self.inner.config.context_parallel_size > 1:
+            # It asks for them under context parallelism. Filling counts as tokens: none that follows it sees it.
+            packed = replace(packed, cu_seqlens_q_padded=packed.cu_seqlens_q, cu_seqlens_kv_padded=packed.cu_seqlens_kv)
         return self.inner(query, key, value, *args, packed_seq_params=packed, **kwargs).view(len(query), 1, -1)
+
+
+def sequence_order(lengths: Sequence[int], ranks: int) -> Tensor:
+    """Where each position of a whole row [W] stands among the context ranks' shares, one rank's after the other's.
+
+    Args:
+        lengths: of the row's sequences, with their filling.
+        ranks: that the row is cut over (`Padding.own`).
+    """
+    order, start = [], 0
+    for length in lengths:
+        part = length // (2 * ranks)
+        for number in range(2 * ranks):
+            late = number >= ranks
+            rank = 2 * ranks - 1 - number if late else number
+            first = (rank * sum(lengths) + start) // ranks + late * part
+            order.append(torch.arange(first, first + part))
+        start += length
+    return torch.cat(order)
 
 
 def packed_sequences(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
@@ -193,5 +253,6 @@ __all__ = [
     "attention_of",
     "local_block",
     "packed_sequences",
+    "sequence_order",
     "transformer_engine_block",
 ]

@@ -6,7 +6,7 @@ row, the packed sequences of a micro-batch; in rollouts one for each sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
 from megakd.mcore.fp8_layers import fill_rows_of, readable, share
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
+from megakd.objectives.base import LossContext
 from megakd.rollout.cache import KVCache
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -102,8 +103,14 @@ class Model:
     def padding(self) -> Padding:
         """What its packed rows are filled up to: the tensor ranks share a row evenly under sequence parallelism, FP8
         multiplies whole blocks, and the interleaved schedule receives ahead of time, when it cannot ask for a
-        micro-batch's own size."""
-        return Padding(self.rows, uniform=len(self.chunks) > 1)
+        micro-batch's own size. And this rank's part of them under context parallelism."""
+        return Padding(self.rows, len(self.chunks) > 1, self.grid.layout.context, self.grid.at.context)
+
+    def loss_context(self, chunk_tokens: int, counts: Mapping[str, int]) -> LossContext:
+        """What a loss over its hidden states needs to know besides them, of steps with these denominators."""
+        groups = self.grid.groups
+        return LossContext(groups.tp, self.architecture.vocab_size, chunk_tokens, counts,
+                           groups.cp if self.grid.layout.context > 1 else None)
 
     def weights_changed(self) -> None:
         """Has layers that keep their weights rounded to FP8 round them anew. megatron-core's schedules say so to

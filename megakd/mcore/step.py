@@ -32,7 +32,7 @@ from megakd.objectives.base import LossContext, LossTerms, Objective, RoleOutput
 
 
 def select_positions(model: Model, hidden_SBH: Tensor, batch: Batch) -> Tensor:
-    """The hidden states [T, H] at a micro-batch's loss positions.
+    """The hidden states [T, H] at a micro-batch's loss positions, under context parallelism those of this rank.
 
     Collectives: one all-gather over the tensor group under sequence parallelism. There the losses return the complete
     d(hidden) on every rank, so the gather's backward keeps this rank's part and sums nothing.
@@ -107,7 +107,7 @@ def forward_backward(
         terms = objective.loss(student, signals, batch, context)
         loss = _weighted_sum(terms, context) if terms.loss is None else terms.loss
         tokens = torch.tensor(batch.positions.labels_T.numel(), dtype=torch.int, device=hidden_SBH.device)
-        return loss, tokens, _sums(terms, context.counts)
+        return loss, tokens, _sums(terms, context)
 
     items = list(zip(batches, teachers if teachers is not None else [{}] * len(batches), strict=True))
     reports = _run_schedule(model, forward_step, items, forward_only=False, collect_non_loss_data=False)
@@ -119,23 +119,23 @@ def _weighted_sum(terms: LossTerms, context: LossContext) -> Tensor:
     return sum(term.values_N.sum() * context.factor(term.weight, term.denominator) for term in terms.terms)
 
 
-def _sums(terms: LossTerms, counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """The micro-batch's share of every reported mean; they add up to the means over micro-batches and replicas."""
+def _sums(terms: LossTerms, context: LossContext) -> dict[str, Tensor]:
+    """The micro-batch's share of every reported mean; they add up to the means over micro-batches and ranks."""
     report: dict[str, Tensor] = {}
     loss = 0.0
     for term in terms.terms:
-        mean = term.values_N.detach().sum() / max(1, counts[term.denominator])
+        mean = term.values_N.detach().sum() / context.divisor(term.denominator)
         report[term.name] = mean
         loss = loss + term.weight * mean
     for metric in terms.metrics:
-        report[metric.name] = metric.total.detach() / max(1, counts[metric.denominator])
+        report[metric.name] = metric.total.detach() / context.divisor(metric.denominator)
     return {"loss": loss, **report}
 
 
 def _reduce_reports(model: Model, reports: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Adds the reports up over micro-batches and data-parallel replicas and tells them to all pipeline stages.
+    """Adds the reports up over micro-batches, context ranks and replicas and tells them to all pipeline stages.
 
-    Collectives: one SUM over the data group, one broadcast of names and one of values over the pipeline group.
+    Collectives: a SUM over the data and context group, a broadcast of names and one of values over the pipeline group.
     """
     groups = model.grid.groups
     last = model.grid.layout.pipeline - 1
@@ -165,7 +165,8 @@ def _run_schedule(
         data_iterator=iterators if virtual > 1 else iterators[0],
         model=model.chunks if virtual > 1 else model.chunks[0],
         num_microbatches=len(items),
-        seq_length=len(first.tokens_P),
+        # Of the whole row: megatron-core divides it by the context and tensor ranks.
+        seq_length=len(first.tokens_P) * layout.context,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -107,6 +106,8 @@ class LossContext:
     """Tokens whose logits are held at a time."""
     counts: Mapping[str, int]
     """The denominators of the whole step (`Step.counts`), over all micro-batches and replicas."""
+    cp_group: dist.ProcessGroup | None = None
+    """Ranks that share the tokens of each sequence (context parallelism); None means that each has whole sequences."""
 
     def arguments(self) -> dict[str, Any]:
         """Group, vocabulary and chunk by the names that the fused losses give them."""
@@ -119,6 +120,14 @@ class LossContext:
         """
         # max(1): a step without a single thing of this kind has a sum of zero, with its graph.
         return weight * self.counts["tokens"] / max(1, self.counts[denominator])
+
+    def divisor(self, denominator: str) -> int:
+        """What a reported sum is divided by, so that the quotients of all ranks and micro-batches add up to the mean.
+
+        Each context rank has tokens of its own, but all have the same sequences and groups.
+        """
+        alike = self.cp_group is not None and not denominator.endswith("tokens")
+        return max(1, self.counts[denominator]) * (dist.get_world_size(self.cp_group) if alike else 1)
 
 
 @dataclass(frozen=True)
@@ -174,11 +183,18 @@ class SequenceScores:
     lengths_N: Tensor
 
     @staticmethod
-    def of(log_probs_T: Tensor, batch: Batch, rows_N: Tensor) -> SequenceScores:
-        """Of the sequences `rows_N` of a micro-batch, from the log-probabilities at all its loss positions."""
+    def of(log_probs_T: Tensor, batch: Batch, context: LossContext) -> SequenceScores:
+        """Of all sequences of a micro-batch, from the log-probabilities at all its loss positions.
+
+        Collectives: under context parallelism one SUM over the context group.
+        """
         rows_T, sequences = batch.positions.rows_T, len(batch.kinds_B)
-        lengths_B = sequence_sums(torch.ones_like(log_probs_T), rows_T, sequences)
-        return SequenceScores(sequence_sums(log_probs_T, rows_T, sequences)[rows_N], lengths_B[rows_N])
+        sums_B = sequence_sums(log_probs_T, rows_T, sequences, cp_group=context.cp_group)
+        return SequenceScores(sums_B, batch.lengths_B.to(sums_B.dtype))
+
+    def at(self, rows_N: Tensor) -> SequenceScores:
+        """Those of some of the sequences."""
+        return SequenceScores(self.sums_N[rows_N], self.lengths_N[rows_N])
 
     @property
     def means_N(self) -> Tensor:

@@ -48,7 +48,7 @@ class Pad:
         )
         order_B = rows_of_kind(batch, Kind.ROLLOUT)
         groups = int(batch.group_ids_B.max()) + 1
-        student_NG = SequenceScores.of(log_probs_T, batch, order_B).means_N.view(groups, -1)
+        student_NG = SequenceScores.of(log_probs_T, batch, context).at(order_B).means_N.view(groups, -1)
         teacher_NG = batch.scores_B[order_B].view(groups, -1)
         agreed_N = student_NG.detach().argmax(1) == teacher_NG.argmax(1)
         return LossTerms(

@@ -88,7 +88,10 @@ class Preference:
             reference_T = torch.zeros_like(log_probs_T)
             with torch.no_grad():
                 reference_T[in_pair_T] = teachers[role].token_log_probs(positions.labels_T[in_pair_T], context)
-        better, worse = (self._answers(kind, log_probs_T, reference_T, batch) for kind in (self.better, self.worse))
+        scores = SequenceScores.of(log_probs_T, batch, context)
+        references = None if reference_T is None else SequenceScores.of(reference_T, batch, context)
+        better, worse = (self._answers(rows_of_kind(batch, kind), scores, references)
+                         for kind in (self.better, self.worse))
         values_P, margins_P = self._values(better, worse)
         margins_P = margins_P.detach()
         terms = [Term(self.form, values_P, 1.0, self.denominator)]
@@ -103,11 +106,9 @@ class Preference:
             ),
         )
 
-    def _answers(self, kind: Kind, log_probs_T: Tensor, reference_T: Tensor | None, batch: Batch) -> Answers:
-        rows_P = rows_of_kind(batch, kind)
-        scores = SequenceScores.of(log_probs_T, batch, rows_P)
-        reference_P = None if reference_T is None else SequenceScores.of(reference_T, batch, rows_P).sums_N
-        return Answers(scores.sums_N, reference_P, scores.lengths_N)
+    def _answers(self, rows_P: Tensor, scores: SequenceScores, references: SequenceScores | None) -> Answers:
+        own = scores.at(rows_P)
+        return Answers(own.sums_N, None if references is None else references.at(rows_P).sums_N, own.lengths_N)
 
     def _values(self, better: Answers, worse: Answers) -> tuple[Tensor, Tensor]:
         """Losses and reward margins [P]."""

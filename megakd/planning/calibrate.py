@@ -39,7 +39,6 @@ from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.runtime import World
 from megakd.mcore.step import forward_backward, forward_hidden
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext
 from megakd.planning.cluster import Cluster, Link
 from megakd.planning.setup import STATISTICS_BYTES
 from megakd.planning.timing import OPTIMIZER_PASSES
@@ -304,7 +303,7 @@ def _small_model(world: World, grid: Grid, layers: int) -> tuple[float, float]:
     trainer = make_trainer(model, Optimizer(lr=1e-4), 1000)
     objective = build_objective(SftObjective())
     step = Step(tuple(Group(f"row:{rank}", (Sample((3, 4, 5, 6), 2, Kind.CHOSEN),)) for rank in range(world.size)))
-    context = LossContext(model.grid.groups.tp, architecture.vocab_size, 16, step.counts)
+    context = model.loss_context(16, step.counts)
 
     def batches() -> list:
         return step.batches(step.table(grid.layout.data, 1)[model.grid.at.data], pad_id=0, padding=model.padding,

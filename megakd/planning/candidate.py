@@ -218,5 +218,5 @@ def layout_text(role: RoleSetup) -> str:
 
 def _forward_flops(role: RoleSetup, work: RoleWork, rows: float) -> float:
     """Over all ranks; `rows` loss positions in all."""
-    ranks = role.layout.data * role.layout.context
-    return model_flops(role.architecture, ranks * work.sum("tokens"), ranks * work.sum("pairs"), rows)
+    copies = role.layout.copies
+    return model_flops(role.architecture, copies * work.sum("tokens"), copies * work.sum("pairs"), rows)

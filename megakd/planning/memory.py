@@ -100,13 +100,13 @@ def forward_weights(setup: TrainingSetup, role: RoleSetup, pipeline_rank: int) -
 def _model_states(setup: TrainingSetup, shards: Sequence[Shard]) -> dict[str, float]:
     """Weights, gradients and optimizer of the trained model (megatron-core's distributed optimizer)."""
     parameters = sum(shard_parameters(setup.trained.architecture, shard) for shard in shards)
-    replicas = setup.trained.layout.data * setup.trained.parallel.context
+    copies = setup.trained.layout.copies
     # Adam's two moments; a master copy where the weights themselves are not float32.
     states = 2 * STATISTICS_BYTES + (0 if setup.dtype == "fp32" else STATISTICS_BYTES)
     kept = {
         "weights": float(parameters * setup.parameter_bytes),
         "gradients": float(parameters * STATISTICS_BYTES),
-        "optimizer": parameters * states / replicas,
+        "optimizer": parameters * states / copies,
     }
     if setup.dtype == "fp8":
         matrices = matrix_parameters(setup.trained.architecture, shards)

@@ -265,7 +265,7 @@ def _after(cluster: Cluster, setup: TrainingSetup, backward: float) -> dict[str,
                      for stage in range(trained.parallel.pipeline))
     # All gradients cleared and divided; of a replica's own share gradient, master weight and two moments read and three
     # of them written.
-    own = parameters / (trained.layout.data * trained.parallel.context)
+    own = parameters / trained.layout.copies
     update = (3 * parameters + OPTIMIZER_PASSES[setup.device] * own) * STATISTICS_BYTES / (device.memory_gb_s * 1e9)
     return {"messages between stages": between, "gradients between replicas": reduced,
             "parameters to replicas": published, "optimizer": update}

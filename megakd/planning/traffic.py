@@ -140,7 +140,9 @@ def transport_calls(setup: TrainingSetup, role: str, rank: int) -> list[Call]:
         received = gathered / tensor
     else:
         moved = setup.work.moved[role]
-        sent, received, gathered = moved.sent[rank], moved.received[rank], moved.gathered[place.data] if reads else 0
+        sent, received, gathered = moved.sent[rank], moved.received[rank], 0
+        if reads:
+            gathered = moved.gathered[trained.layout.copy(place)]
     row = teacher.architecture.hidden_size * setup.parameter_bytes
     return [Call("send", "world", trained.world, sent * row, 1, f"{role}: hidden states"),
             Call("receive", "world", trained.world, received * row, 1, f"{role}: hidden states"),
@@ -166,15 +168,15 @@ def loss_calls(setup: TrainingSetup, work: RoleWork) -> list[Call]:
 def _gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:
     """Gradients to the slices of the distributed optimizer, and the new parameters back to all replicas."""
     trained = setup.trained
-    replicas = trained.layout.data * trained.parallel.context
+    copies = trained.layout.copies
     shards = trained.shards(pipeline_rank, setup.spec)
-    numbers = sum(buffer_numbers(trained.architecture, shard, replicas) for shard in shards)
+    numbers = sum(buffer_numbers(trained.architecture, shard, copies) for shard in shards)
     published = numbers * setup.parameter_bytes
     if trained.fp8_weights:  # one byte of each
         published -= matrix_parameters(trained.architecture, shards) * (setup.parameter_bytes - 1)
     calls = [
-        Call("reduce_scatter", "data", replicas, numbers * STATISTICS_BYTES, 1, "gradients"),
-        Call("all_gather", "data", replicas, published, 1, "parameters"),
+        Call("reduce_scatter", "data", copies, numbers * STATISTICS_BYTES, 1, "gradients"),
+        Call("all_gather", "data", copies, published, 1, "parameters"),
     ]
     stages = trained.parallel.pipeline
     if trained.architecture.tied_embeddings and stages > 1 and pipeline_rank in (0, stages - 1):

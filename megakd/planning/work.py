@@ -6,14 +6,14 @@ Either of a real step, sequence by sequence, or of an average one, from lengths 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import groupby
-from math import ceil, lcm
+from math import ceil
 
 from megakd.batch import Group, Kind, Padding, Step
 from megakd.layout import Layout
-from megakd.teacher.transport import Route, route, travelling_rows
+from megakd.teacher.transport import Route, route, shares
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Moved:
     received: tuple[int, ...]
     """For each rank of the world the rows that it gets from other ranks."""
     gathered: tuple[int, ...]
-    """For each replica of the student the rows that its tensor ranks then gather, filling included."""
+    """For each copy of the student the rows that its tensor ranks then gather, filling included."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class StepWork:
         return sum(self.loss_tokens[kind] for kind in kinds if kind in self.loss_tokens)
 
     def received(self, role: str) -> float:
-        """Rows of a teacher that the student's busiest replica (and context rank) gets."""
+        """Rows of a teacher that the student's busiest copy gets."""
         kinds = self.teacher_kinds[role]
         return sum(each.rows(kinds) * times for each, times in self.roles["student"].repeated)
 
@@ -121,7 +121,7 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
         step: its groups.
         layouts: of each role; the student's is "student".
         micro_batches: groups of a micro-batch of each role.
-        paddings: what each role's rows are filled up to.
+        paddings: what each role's rows are filled up to, besides for its layout's context ranks.
         teacher_kinds: as StepWork has it.
     """
     student = step.table(layouts["student"].data, micro_batches["student"])
@@ -131,15 +131,15 @@ def work_of_step(step: Step, layouts: Mapping[str, Layout], micro_batches: Mappi
     roles = {}
     for role, table in tables.items():
         kinds = teacher_kinds.get(role, tuple(Kind))
-        context = layouts[role].context
-        replicas = [_replica_work(step.groups, micros, kinds, paddings[role], context) for micros in table]
+        padding = replace(paddings[role], context=layouts[role].context)
+        replicas = [_replica_work(step.groups, micros, kinds, padding) for micros in table]
         roles[role] = max(replicas, key=lambda work: work.sum("tokens"))
     moved = {}
     for role, kinds in teacher_kinds.items():
         if role not in layouts:  # read from disk
             continue
         way = route(layouts[role], layouts["student"], tables[role], tables["student"],
-                    travelling_rows(step.groups, kinds), step.sample_ids)
+                    shares(step.groups, kinds, layouts["student"].context), step.sample_ids)
         moved[role] = _moved(way)
     samples = [sample for group in step.groups for sample in group.samples]
     rows = {kind: sum(sample.response_length for sample in samples if sample.kind == kind) for kind in Kind}
@@ -151,49 +151,28 @@ def _moved(way: Route) -> Moved:
     sent = tuple(sum(message.rows for message in way.sends(rank) if message.receiver != rank) for rank in ranks)
     received = tuple(sum(message.rows for message in way.receives(rank) if message.sender != rank) for rank in ranks)
     parts = range(way.student.tensor)
-    gathered = tuple(way.student.tensor * max(way.received_rows(replica, part) for part in parts)
-                     for replica in range(way.student.data))
+    gathered = tuple(way.student.tensor * max(way.received_rows(copy, part) for part in parts)
+                     for copy in range(way.student.copies))
     return Moved(sent, received, gathered)
 
 
 def _replica_work(groups: Sequence[Group], micros: Sequence[Sequence[int]], kinds: Sequence[Kind],
-                  padding: Padding, context: int) -> RoleWork:
-    parts = _parts(context)
-    multiple = lcm(padding.multiple * context, parts)
+                  padding: Padding) -> RoleWork:
     samples = [[sample for number in micro for sample in groups[number].samples if sample.kind in kinds]
                for micro in micros]
-    filled = [[_up(len(sample.tokens), parts) for sample in own] for own in samples]
-    longest = max(map(sum, filled)) if padding.uniform else 1
-    ranks: list[list[MicroBatch]] = [[] for _ in range(context)]
-    for own, lengths in zip(samples, filled, strict=True):
-        total = sum(lengths)
-        width = _up(max(longest, total), multiple)
-        pairs = _pairs([*lengths, width - total]) / context
-        for rank, batches in enumerate(ranks):
-            rows = dict.fromkeys(kinds, 0.0)
-            for sample, length in zip(own, lengths, strict=True):
-                first, end = sample.prompt_length - 1, len(sample.tokens) - 1
-                rows[sample.kind] += rows_of_rank(first, end, length, rank, context)
-            batches.append(MicroBatch(width / context, pairs, rows))
-    return max((RoleWork(tuple(batches)) for batches in ranks), key=lambda work: work.sum("all_rows"))
-
-
-def _parts(context: int) -> int:
-    """Equal parts that context parallelism cuts each sequence into, which is filled up for it."""
-    return 2 * context if context > 1 else 1
-
-
-def _up(length: float, multiple: int) -> int:
-    return ceil(length / multiple) * multiple
-
-
-def rows_of_rank(first: float, end: float, length: float, rank: int, context: int) -> float:
-    """Positions from `first` up to `end` of a sequence of `length` that a context rank holds: parts `rank` and
-    2 x context - 1 - `rank` of 2 x context equal ones, so that all ranks attend to equally many positions. Answers
-    stand at the end, so their loss positions may be shared unequally."""
-    part = length / (2 * context)
-    return sum(max(0.0, min(end, (number + 1) * part) - max(first, number * part))
-               for number in (rank, 2 * context - 1 - rank))
+    lengths = [[len(sample.tokens) for sample in own] for own in samples]
+    longest = max(map(padding.width, lengths)) if padding.uniform else 1
+    ranks = [replace(padding, context_rank=rank) for rank in range(padding.context)]
+    works: list[list[MicroBatch]] = [[] for _ in ranks]
+    for own, given in zip(samples, lengths, strict=True):
+        width, filled = padding.width(given, longest), list(map(padding.filled, given))
+        pairs = _pairs([*filled, width - sum(filled)]) / padding.context
+        for rank, batches in zip(ranks, works, strict=True):
+            rows = dict.fromkeys(kinds, 0)
+            for sample in own:
+                rows[sample.kind] += sum(map(len, rank.own_rows(sample)))
+            batches.append(MicroBatch(width / padding.context, pairs, rows))
+    return max((RoleWork(tuple(batches)) for batches in works), key=lambda work: work.sum("all_rows"))
 
 
 def _pairs(lengths: Iterable[int]) -> float:
@@ -227,10 +206,11 @@ def work_of_lengths(lengths: Lengths, kinds: Sequence[Kind], global_batch: int, 
 
 @cache
 def _mean_work(lengths: Lengths, kinds: tuple[Kind, ...], groups: int, micro_batches: int, context: int) -> RoleWork:
-    parts, real = _parts(context), lengths.prompt + lengths.answer
-    length = real if parts == 1 else _up(real, parts)
+    real, ranks = lengths.prompt + lengths.answer, [Padding(context=context, context_rank=n) for n in range(context)]
+    length = real if context == 1 else ranks[0].filled(ceil(real))
     first = max(lengths.prompt, 1) - 1  # the position before a token has its loss
-    own = max(rows_of_rank(first, first + lengths.answer, length, rank, context) for rank in range(context))
+    own = max(sum(max(0, min(part.stop, first + lengths.answer) - max(part.start, first))
+                  for part in rank.own(ceil(real))) for rank in ranks)
     answers = len(kinds) * groups
     rows = {kind: kinds.count(kind) * groups * own for kind in kinds}
     micro_batch = MicroBatch(answers * length / context, answers * _pairs([length]) / context, rows)

@@ -41,11 +41,11 @@ class _Side:
     def __init__(self, model: Model, stream: int, rows: Sequence[_Row], sampling: Sampling, longest: int, pad_id: int):
         self.decoder = PipelineDecoder(model, longest)
         self.stream, self.sampling, self.pad_id = stream, sampling, pad_id
-        at, layout = model.grid.at, model.grid.layout
+        grid = model.grid
         self.rows = list(rows)
-        self.mine = list(range(at.data, len(rows), layout.data))
-        # Of each replica one rank of the last stage speaks; the others have drawn the same.
-        self.speaks = model.grid.is_last_stage and at.tensor == 0
+        self.mine = list(range(grid.layout.copy(grid.at), len(rows), grid.layout.copies))
+        # Of each copy one rank of the last stage speaks; the others have drawn the same.
+        self.speaks = grid.is_last_stage and grid.at.tensor == 0
         if self.mine:
             width = max(len(rows[number].prompt.tokens) + rows[number].limit for number in self.mine)
             self.cache = self.decoder.new_cache(len(self.mine), width)
@@ -100,7 +100,7 @@ def generate_mixed(
         prompts: what to answer.
         sampling: how either draws.
         teacher_mix: chance of a token to be the teacher's.
-        slots: rows that each replica of the student decodes at a time.
+        slots: rows that each copy of the student decodes at a time.
         longest: bound of prompt and answer together.
         pad_id: fills up prompts; never attended to.
 
@@ -118,7 +118,7 @@ def generate_mixed(
     ]
     # Longest first, as in the engine: rows of a round are of like length.
     order = sorted(rows, key=lambda row: -len(row.prompt.tokens))
-    at_a_time = slots * student.grid.layout.data
+    at_a_time = slots * student.grid.layout.copies
     with evaluating(student), evaluating(teacher):
         for start in range(0, len(order), at_a_time):
             part = order[start : start + at_a_time]

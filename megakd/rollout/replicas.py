@@ -1,4 +1,4 @@
-"""The rollout engine on all data-parallel replicas of a model."""
+"""The rollout engine on all copies of a model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megakd.run import Run
 def generate_on_replicas(
     run: Run, model: Model, prompts: Sequence[Prompt], sampling: Sampling, slots: int
 ) -> list[Rollout]:
-    """Lets the data-parallel replicas of a model answer the prompts in turn.
+    """Lets the copies of a model (`Layout.copies`) answer the prompts in turn.
 
     Returns:
         The answers in the order of the prompts (and of the index within one), on every rank.
 
-    Collectives: the engine's, then an all-gather of the answers over the data group.
+    Collectives: the engine's, then an all-gather of the answers over the data and context group.
     """
     grid = model.grid
-    mine = prompts[grid.at.data :: grid.layout.data]
+    mine = prompts[grid.layout.copy(grid.at) :: grid.layout.copies]
     with evaluating(model):
         answers = generate(
             PipelineDecoder(model, run.recipe.data.max_length), mine, sampling, slots=slots, pad_id=run.tokenizer.pad_id
         )
     plain = [[r.sample_id, r.index, r.tokens, r.log_probs, r.finish_reason] for r in answers]
-    gathered = all_gather_json(plain, grid.groups.dp, run.world.device)
+    gathered = all_gather_json(plain, grid.groups.dp_cp, run.world.device)
     order = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
     everything = [
         Rollout(i, index, tuple(tokens), tuple(log_probs), reason)

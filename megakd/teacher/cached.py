@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.batch import Group, Kind, Step
+from megakd.batch import Group, Kind, Padding, Step
 from megakd.comm import broadcast_json
 from megakd.config_stages import TrainStage
 from megakd.data.signals import HEADER, SignalsReader, named_samples
@@ -56,12 +56,16 @@ class CachedTeacher:
         if not student.is_last_stage:
             return None
         table = step.table(student.layout.data, student_micro_batch)
-        return [self._output([step.groups[number] for number in numbers]) for numbers in table[student.at.data]]
+        own = Padding(context=student.layout.context, context_rank=student.at.context)
+        return [self._output([step.groups[number] for number in numbers], own) for numbers in table[student.at.data]]
 
-    def _output(self, groups: Sequence[Group]) -> TeacherOutput:
-        """Of the groups' answers of this role's kinds, in the order in which `collate` packs them."""
-        entries = [self.reader.entry(name, sample) for group in groups for name, sample in named_samples(group)
+    def _output(self, groups: Sequence[Group], own: Padding) -> TeacherOutput:
+        """Of the groups' answers of this role's kinds, at the rank's own positions, in the order in which `collate`
+        packs them."""
+        samples = [(name, sample) for group in groups for name, sample in named_samples(group)
                    if sample.kind in self.kinds]
+        entries = [self.reader.entry(name, sample).part(rows)
+                   for name, sample in samples for rows in own.own_rows(sample)]
         values = {name: values_TW.to(self.device) for name, values_TW in self.reader.read(entries).items()}
         match sorted(values):
             case ["hidden"]:

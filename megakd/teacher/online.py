@@ -16,7 +16,7 @@ from megakd.mcore.grid import Grid
 from megakd.mcore.model import Model
 from megakd.mcore.step import forward_hidden
 from megakd.objectives.base import RoleOutput, TeacherOutput
-from megakd.teacher.transport import exchange, route, travelling_rows
+from megakd.teacher.transport import exchange, route, shares
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class OnlineTeacher:
         batches = step.batches(table[grid.at.data], pad_id=pad_id, padding=self.model.padding, device=device,
                                kinds=self.kinds)
         local_hidden = forward_hidden(self.model, batches)
-        plan = route(grid.layout, student.layout, table, student_table, travelling_rows(step.groups, self.kinds),
-                     step.sample_ids)
+        rows = shares(step.groups, self.kinds, student.layout.context)
+        plan = route(grid.layout, student.layout, table, student_table, rows, step.sample_ids)
         hidden = exchange(
             plan, dist.get_rank(dist.group.WORLD), local_hidden, width=self.model.config.hidden_size,
             dtype=self.model.dtype, device=device, world_group=dist.group.WORLD, student_tp_group=student.groups.tp,

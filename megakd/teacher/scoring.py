@@ -40,7 +40,7 @@ from megakd.hf.directory import finish_directory, partial_directory, start_direc
 from megakd.manifest import hash_path
 from megakd.mcore.model import Model, evaluating, freeze
 from megakd.mcore.step import forward_hidden
-from megakd.objectives.base import LossContext, RoleOutput
+from megakd.objectives.base import RoleOutput
 from megakd.provenance import ROLLOUTS, SIGNALS
 from megakd.run import Run
 
@@ -143,7 +143,7 @@ class Scorer:
 
     def __init__(self, run: Run, stage: ScoreStage, model: Model):
         self.run, self.stage, self.model = run, stage, model
-        self.context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, stage.chunk_tokens, {})
+        self.context = model.loss_context(stage.chunk_tokens, {})
         self.listed = None
         match stage.signal:
             case HiddenStatesSignal():

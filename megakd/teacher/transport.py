@@ -4,9 +4,10 @@ A teacher's layout is free of the student's, so the rows of one student micro-ba
 and several teacher micro-batches. `route` says, without talking to anybody, which rank sends which rows to which rank;
 `exchange` does it. Every rank computes the same route from the step's groups.
 
-The rows that teacher replica d made and student replica e needs form one block. A block is cut into as many ranges as
-the student has tensor ranks; each of them gets one range over the network and the student's tensor group, whose links
-are the fastest, gathers the ranges. So a row enters a student replica once, not once for each of its tensor ranks.
+The rows that teacher replica d made and student copy e needs form one block: all rows of the sequences that both have,
+or, under context parallelism, those of the copy's own parts of them. A block is cut into as many ranges as the student
+has tensor ranks; each of them gets one range over the network and the student's tensor group, whose links are the
+fastest, gathers the ranges. So a row enters a student replica once, not once for each of its ranks.
 
 Legend: R travelling rows, T rows of a micro-batch, K width of the teacher, S size of the student's tensor axis.
 """
@@ -20,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.batch import Group, Kind, Table
-from megakd.errors import ConfigError
+from megakd.batch import Group, Kind, Padding, Table
 from megakd.layout import Layout
+
+Shares = Sequence[Sequence[Sequence[range]]]
+"""`shares[context rank][sample]`: ranges of the sample's travelling rows."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Block:
-    """The samples that teacher replica `teacher_data` makes and student replica `student_data` needs, ids ascending.
+    """What teacher replica `teacher_data` makes and student copy `student_copy` needs, by ascending sample id.
 
     `turn` counts the blocks of the teacher replica.
     """
 
     teacher_data: int
-    student_data: int
+    student_copy: int
     turn: int
-    samples: tuple[int, ...]
+    segments: tuple[Segment, ...]
     rows: int
 
     def bounds(self, part: int, parts: int) -> tuple[int, int]:
@@ -73,14 +76,15 @@ class Block:
 class Route:
     """Who sends what to whom in one step, for one teacher role. Made by `route`.
 
-    `teacher_samples[d][m]` and `student_samples[e][m]` are the travelling samples of a micro-batch in its row order.
+    `teacher_samples[d][m]` are the travelling samples of a micro-batch of a teacher replica in its row order,
+    `student_segments[e][m]` what a student copy needs of them for one of its own, in its row order.
     """
 
     teacher: Layout
     student: Layout
     rows_of_sample: tuple[int, ...]
     teacher_samples: tuple[tuple[tuple[int, ...], ...], ...]
-    student_samples: tuple[tuple[tuple[int, ...], ...], ...]
+    student_segments: tuple[tuple[tuple[Segment, ...], ...], ...]
     blocks_of_teacher: tuple[tuple[Block, ...], ...]
     blocks_of_student: tuple[tuple[Block, ...], ...]
 
@@ -98,17 +102,19 @@ class Route:
         place = self.student.coordinates(rank)
         if place.pipeline != self.student.pipeline - 1:
             return []
-        messages = [self._message(block, place.tensor) for block in self.blocks_of_student[place.data]]
+        blocks = self.blocks_of_student[self.student.copy(place)]
+        messages = [self._message(block, place.tensor) for block in blocks]
         return [message for message in messages if message.rows > 0]
 
-    def received_rows(self, student_data: int, student_tensor: int) -> int:
+    def received_rows(self, student_copy: int, student_tensor: int) -> int:
         """Rows that one student rank holds before the gather."""
-        bounds = (block.bounds(student_tensor, self.student.tensor) for block in self.blocks_of_student[student_data])
+        bounds = (block.bounds(student_tensor, self.student.tensor) for block in self.blocks_of_student[student_copy])
         return sum(stop - start for start, stop in bounds)
 
     def _message(self, block: Block, part: int) -> Message:
         """Range `part` of a block."""
-        receiver = self.student.rank(tensor=part, data=block.student_data, pipeline=self.student.pipeline - 1)
+        data, context = divmod(block.student_copy, self.student.context)
+        receiver = self.student.rank(tensor=part, context=context, data=data, pipeline=self.student.pipeline - 1)
         # Any tensor rank of the teacher replica could send. The receiver itself where it is one of them; else they take
         # turns over the ranges and the blocks, as one student tensor rank alone would burden few of many senders.
         last = self.teacher.pipeline - 1
@@ -119,18 +125,20 @@ class Route:
             sender = self.teacher.rank(tensor=tensor, data=block.teacher_data, pipeline=last)
         first, end = block.bounds(part, self.student.tensor)
         segments, offset = [], 0
-        for sample in block.samples:
-            start, stop = max(first - offset, 0), min(end - offset, self.rows_of_sample[sample])
+        for whole in block.segments:
+            start, stop = max(first - offset, 0), min(end - offset, whole.rows)
             if start < stop:
-                segments.append(Segment(sample, start, stop))
-            offset += self.rows_of_sample[sample]
+                segments.append(Segment(whole.sample, whole.start + start, whole.start + stop))
+            offset += whole.rows
         return Message(sender, receiver, tuple(segments))
 
 
-def travelling_rows(groups: Iterable[Group], kinds: Sequence[Kind]) -> list[int]:
-    """For each sample id of a step the loss positions that a teacher scores: all of its kinds', none of the others'."""
-    return [sample.response_length if sample.kind in kinds else 0
-            for group in groups for sample in group.samples]
+def shares(groups: Iterable[Group], kinds: Sequence[Kind], context: int) -> Shares:
+    """Of each sample of a step the loss positions that a teacher scores (all of its kinds', none of the others'), dealt
+    out to the `context` ranks of a student replica as the sequences are."""
+    samples = [sample for group in groups for sample in group.samples]
+    paddings = [Padding(context=context, context_rank=rank) for rank in range(context)]
+    return [[padding.own_rows(sample) if sample.kind in kinds else [] for sample in samples] for padding in paddings]
 
 
 def route(
@@ -138,43 +146,49 @@ def route(
     student: Layout,
     teacher_table: Table,
     student_table: Table,
-    rows_of_sample: Sequence[int],
+    rows: Shares,
     samples_of_group: Sequence[Sequence[int]],
 ) -> Route:
     """Plans one step's transport. Pure: no rank talks to another.
 
     Args:
-        teacher: the sending role's layout; only its last pipeline stage sends.
+        teacher: the sending role's layout, not context-parallel; only its last pipeline stage sends.
         student: the receiving role's layout, over the same world; only its last pipeline stage receives.
         teacher_table: the teacher's micro-batches, `[data][micro][group]`.
         student_table: the student's micro-batches; it holds the same groups.
-        rows_of_sample: for each sample id its travelling rows (`travelling_rows`); zero does not travel.
+        rows: what each context rank of the student needs of each sample id (`shares`): together all of its
+            travelling rows.
         samples_of_group: for each group its sample ids (`megakd.batch.number_samples`).
 
     Raises:
-        ConfigError: a layout is context-parallel.
-        ValueError: the layouts are of different worlds, or a table does not hold every group once.
+        ValueError: the layouts are of different worlds, the teacher's or `rows` of another number of context ranks, or
+            a table does not hold every group once.
     """
-    for layout in (teacher, student):
-        if layout.context != 1:
-            raise ConfigError("parallel.context", layout.context, "online teachers need context parallel size 1",
-                              "Set parallel.context to 1 for the student and for every teacher role")
     if teacher.world != student.world:
         raise ValueError(f"teacher world {teacher.world} and student world {student.world} differ")
+    if teacher.context != 1 or student.context != len(rows):
+        raise ValueError(f"context sizes: teacher {teacher.context} (must be 1), student {student.context}, rows of "
+                         f"{len(rows)}")
+    rows_of_sample = tuple(sum(len(part) for own in of_ranks for part in own) for of_ranks in zip(*rows, strict=True))
     teacher_samples = _samples_in_order(teacher, teacher_table, rows_of_sample, samples_of_group)
     student_samples = _samples_in_order(student, student_table, rows_of_sample, samples_of_group)
+    student_segments = tuple(
+        tuple(tuple(Segment(sample, part.start, part.stop) for sample in micro for part in own[sample])
+              for micro in micros)
+        for micros in student_samples for own in rows
+    )
     teacher_data_of = {sample: d for d, micros in enumerate(teacher_samples) for micro in micros for sample in micro}
-    shared: dict[tuple[int, int], list[int]] = {}
-    for e, micros in enumerate(student_samples):
-        for sample in sorted(sample for micro in micros for sample in micro):
-            shared.setdefault((teacher_data_of[sample], e), []).append(sample)
+    shared: dict[tuple[int, int], list[Segment]] = {}
+    for e, micros in enumerate(student_segments):
+        for segment in sorted((segment for micro in micros for segment in micro), key=lambda each: each.sample):
+            shared.setdefault((teacher_data_of[segment.sample], e), []).append(segment)
     of_teacher: list[list[Block]] = [[] for _ in range(teacher.data)]
-    of_student: list[list[Block]] = [[] for _ in range(student.data)]
-    for (d, e), samples in sorted(shared.items()):
-        block = Block(d, e, len(of_teacher[d]), tuple(samples), sum(rows_of_sample[sample] for sample in samples))
+    of_student: list[list[Block]] = [[] for _ in range(student.copies)]
+    for (d, e), segments in sorted(shared.items(), key=lambda each: each[0]):
+        block = Block(d, e, len(of_teacher[d]), tuple(segments), sum(segment.rows for segment in segments))
         of_teacher[d].append(block)
         of_student[e].append(block)
-    return Route(teacher, student, tuple(rows_of_sample), teacher_samples, student_samples,
+    return Route(teacher, student, rows_of_sample, teacher_samples, student_segments,
                  tuple(map(tuple, of_teacher)), tuple(map(tuple, of_student)))
 
 
@@ -222,17 +236,17 @@ def exchange(
 
     Returns:
         On the student's last stage one [T, K] tensor for each of its micro-batches, rows in the order of its loss
-        positions (those of the travelling kinds); elsewhere None.
+        own positions (those of the travelling kinds); elsewhere None.
 
     Raises:
         ValueError: `local_hidden` does not have the route's micro-batches, rows, width or dtype.
     """
     rows_of = _sender_rows(route, rank, local_hidden, width, dtype)
     place = route.student.coordinates(rank)
-    receives = route.receives(rank)
+    receives, copy = route.receives(rank), route.student.copy(place)
     own_RK, operations, outgoing = None, [], []
     if place.pipeline == route.student.pipeline - 1:
-        own_RK = torch.empty((_padded_rows(route, place.data), width), dtype=dtype, device=device)
+        own_RK = torch.empty((_padded_rows(route, copy), width), dtype=dtype, device=device)
     offset = 0
     for message in receives:
         target_RK = own_RK[offset : offset + message.rows]
@@ -252,7 +266,7 @@ def exchange(
             work.wait()
     if own_RK is None:
         return None
-    return _gather(route, place.data, own_RK, student_tp_group)
+    return _gather(route, copy, own_RK, student_tp_group)
 
 
 def _sender_rows(route: Route, rank: int, local_hidden: Sequence[Tensor] | None, width: int,
@@ -283,12 +297,12 @@ def _pick(message: Message, rows_of: dict[int, Tensor]) -> Tensor:
     return torch.cat([rows_of[segment.sample][segment.start : segment.stop] for segment in message.segments])
 
 
-def _padded_rows(route: Route, student_data: int) -> int:
-    """Rows of the longest share among a student replica's tensor ranks: the all-gather wants equal ones."""
-    return max(route.received_rows(student_data, part) for part in range(route.student.tensor))
+def _padded_rows(route: Route, student_copy: int) -> int:
+    """Rows of the longest share among a student copy's tensor ranks: the all-gather wants equal ones."""
+    return max(route.received_rows(student_copy, part) for part in range(route.student.tensor))
 
 
-def _gather(route: Route, student_data: int, own_RK: Tensor, tp_group: dist.ProcessGroup | None) -> list[Tensor]:
+def _gather(route: Route, student_copy: int, own_RK: Tensor, tp_group: dist.ProcessGroup | None) -> list[Tensor]:
     """All-gathers the tensor ranks' shares in `tp_group` and puts the rows in the order of the micro-batches."""
     parts, padded = route.student.tensor, own_RK.shape[0]
     if parts > 1 and padded > 0:
@@ -296,17 +310,17 @@ def _gather(route: Route, student_data: int, own_RK: Tensor, tp_group: dist.Proc
         dist.all_gather_into_tensor(gathered_RK, own_RK, group=tp_group)
     else:
         gathered_RK = own_RK
-    places: dict[int, Tensor] = {}
+    places: dict[Segment, Tensor] = {}
     offsets = [part * padded for part in range(parts)]
-    for block in route.blocks_of_student[student_data]:
+    for block in route.blocks_of_student[student_copy]:
         ranges = []
         for part in range(parts):
             start, stop = block.bounds(part, parts)
             ranges.append(torch.arange(offsets[part], offsets[part] + stop - start))
             offsets[part] += stop - start
-        sizes = [route.rows_of_sample[sample] for sample in block.samples]
-        places.update(zip(block.samples, torch.cat(ranges).split(sizes), strict=True))
+        sizes = [segment.rows for segment in block.segments]
+        places.update(zip(block.segments, torch.cat(ranges).split(sizes), strict=True))
     nothing = torch.empty(0, dtype=torch.int64)
-    order = [torch.cat([nothing, *(places[sample] for sample in samples)])
-             for samples in route.student_samples[student_data]]
+    order = [torch.cat([nothing, *(places[segment] for segment in segments)])
+             for segments in route.student_segments[student_copy]]
     return [gathered_RK.index_select(0, places_T.to(own_RK.device)) for places_T in order]

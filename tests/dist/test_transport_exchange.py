@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakd.batch import Batch, Group, Kind, Sample, collate, number_samples, split_step
-from megakd.layout import Layout
-from megakd.teacher.transport import exchange, route, travelling_rows
+from megakd.batch import Batch, Group, Kind, Padding, Sample, collate, number_samples, split_step
+from megakd.layout import Coordinates, Layout
+from megakd.teacher.transport import exchange, route, shares
 from tests.ranks import run_ranks, subgroup
 
 WIDTH = 6
@@ -29,11 +29,12 @@ def _step_groups(count: int) -> list[Group]:
     return groups
 
 
-def _batches(groups: list[Group], layout: Layout, micro_batch: int) -> tuple[list, list[list[Batch]]]:
+def _batches(groups: list[Group], layout: Layout, micro_batch: int, at: Coordinates) -> tuple[list, list[Batch]]:
+    """The table of a step, and what one rank has of it."""
     table = split_step([group.total_length for group in groups], layout.data, micro_batch)
-    ids = number_samples(groups)
-    return table, [[collate([groups[g] for g in micro], [ids[g] for g in micro], pad_id=0) for micro in micros]
-                   for micros in table]
+    ids, padding = number_samples(groups), Padding(context=layout.context, context_rank=at.context)
+    return table, [collate([groups[g] for g in micro], [ids[g] for g in micro], pad_id=0, padding=padding)
+                   for micro in table[at.data]]
 
 
 def _numbered_rows(batch: Batch, kinds: tuple[Kind, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -51,13 +52,14 @@ def _carry(teacher: dict, student: dict, teacher_micro: int, student_micro: int,
     rank, world = dist.get_rank(), dist.get_world_size()
     teacher, student = Layout(world, **teacher), Layout(world, **student)
     groups = _step_groups(2 * world)
-    teacher_table, teacher_batches = _batches(groups, teacher, teacher_micro)
-    student_table, student_batches = _batches(groups, student, student_micro)
-    plan = route(teacher, student, teacher_table, student_table, travelling_rows(groups, kinds), number_samples(groups))
-    here = teacher.coordinates(rank)
+    here, place = teacher.coordinates(rank), student.coordinates(rank)
+    teacher_table, teacher_batches = _batches(groups, teacher, teacher_micro, here)
+    student_table, student_batches = _batches(groups, student, student_micro, place)
+    rows = shares(groups, kinds, student.context)
+    plan = route(teacher, student, teacher_table, student_table, rows, number_samples(groups))
     holds = here.pipeline == teacher.pipeline - 1
-    local = [_numbered_rows(batch, kinds, dtype) for batch in teacher_batches[here.data]] if holds else None
-    place, tp_group = student.coordinates(rank), None
+    local = [_numbered_rows(batch, kinds, dtype) for batch in teacher_batches] if holds else None
+    tp_group = None
     if student.tensor > 1:
         for first in range(0, world, student.tensor):  # tensor groups are neighbours
             members = subgroup(tuple(range(first, first + student.tensor)))
@@ -67,7 +69,7 @@ def _carry(teacher: dict, student: dict, teacher_micro: int, student_micro: int,
     if place.pipeline != student.pipeline - 1:
         assert arrived is None
         return 0
-    expected = [_numbered_rows(batch, kinds, dtype) for batch in student_batches[place.data]]
+    expected = [_numbered_rows(batch, kinds, dtype) for batch in student_batches]
     assert [tuple(rows.shape) for rows in arrived] == [tuple(rows.shape) for rows in expected]
     for rows_TK, expected_TK in zip(arrived, expected, strict=True):
         torch.testing.assert_close(rows_TK, expected_TK, rtol=0, atol=0)
@@ -85,12 +87,13 @@ BOTH, ROLLOUT = (Kind.CHOSEN, Kind.ROLLOUT), (Kind.ROLLOUT,)
     (4, {"tensor": 4}, {}, 2, 1, ROLLOUT, torch.float32),
     (4, {"tensor": 2}, {"tensor": 4}, 1, 1, BOTH, torch.float64),
     (4, {"tensor": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2}, 4, 2, BOTH, torch.float32),
-    (8, {"tensor": 2, "pipeline": 2}, {}, 2, 1, BOTH, torch.float32),
+    (4, {"pipeline": 2}, {"tensor": 2, "context": 2}, 1, 2, BOTH, torch.float32),
+    (8, {"tensor": 2, "pipeline": 2}, {"context": 4}, 2, 1, BOTH, torch.float32),
     (8, {}, {"tensor": 4, "pipeline": 2}, 1, 4, ROLLOUT, torch.bfloat16),
 ])
 def test_rows_arrive_where_they_are_needed(world, teacher, student, teacher_micro, student_micro, kinds, dtype):
     counts = run_ranks(world, _carry, teacher, student, teacher_micro, student_micro, kinds, dtype)
-    rows = sum(travelling_rows(_step_groups(2 * world), kinds))
+    rows = sum(len(part) for own in shares(_step_groups(2 * world), kinds, 1)[0] for part in own)
     assert sum(counts) == rows * Layout(world, **student).tensor > 0
 
 

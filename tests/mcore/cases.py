@@ -23,7 +23,6 @@ from megakd.mcore.model import Model, build_model, freeze, unwrap
 from megakd.mcore.optimizer import STATES, make_trainer
 from megakd.mcore.step import forward_backward
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext
 from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 CPU = torch.device("cpu")
@@ -41,9 +40,9 @@ def world() -> runtime.World:
 
 
 @cache
-def grid(tensor: int, pipeline: int) -> Grid:
+def grid(tensor: int, pipeline: int, context: int = 1) -> Grid:
     """The process groups of a layout, made once a pool."""
-    made = make_grid(Layout(world().size, tensor, pipeline))
+    made = make_grid(Layout(world().size, tensor, pipeline, context))
     runtime.seed(1, made)
     return made
 
@@ -53,7 +52,8 @@ def build(directory: str, parallel: Parallel, precision: Precision = FP32, recom
     """A model under a layout."""
     path = Path(directory)
     architecture = Architecture.read(path)
-    grid_of_model = grid(parallel.tensor, parallel.pipeline)
+    parallel = parallel if trained else parallel.forward
+    grid_of_model = grid(parallel.tensor, parallel.pipeline, parallel.context)
     return build_model(path, architecture, parallel, recompute, precision, grid_of_model, world().device,
                        trained=trained)
 
@@ -115,7 +115,7 @@ class Job:
                    for role, teacher in self.teachers.items()}
         table = step.table(student.grid.layout.data, micro_batch)
         batches = step.batches(table[student.grid.at.data], pad_id=0, padding=student.padding, device=world().device)
-        context = LossContext(student.grid.groups.tp, student.architecture.vocab_size, case.chunk_tokens, step.counts)
+        context = student.loss_context(case.chunk_tokens, step.counts)
         self.trainer.zero_grad()
         teachers = by_micro_batch(signals, len(batches))
         return dict(forward_backward(student, batches, teachers, self.objective, context).metrics)

@@ -23,7 +23,7 @@ from megakd.hf.families import Architecture
 from megakd.mcore.model import PipelineDecoder, evaluating, freeze
 from megakd.mcore.step import forward_hidden
 from megakd.objectives import build_objective
-from megakd.objectives.base import LossContext, RoleOutput
+from megakd.objectives.base import RoleOutput
 from megakd.planning.recipe import loss_calls
 from megakd.planning.setup import RoleSetup, TrainingSetup
 from megakd.planning.work import work_of_step
@@ -210,7 +210,7 @@ def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch
     """Bytes of a model and of the fullest moment of a step of a score stage that lists likeliest tokens."""
     before = tensors()
     model = freeze(build(directory, parallel))
-    context = LossContext(model.grid.groups.tp, model.architecture.vocab_size, chunk, {})
+    context = model.loss_context(chunk, {})
 
     def score(_: int) -> None:  # as `Scorer.score`
         table = step.table(model.grid.layout.data, micro_batch)

@@ -126,6 +126,11 @@ LAYOUTS = {
     "tp2 sp pp2 vpp2 | pp4 | dp4": (
         4, Parallel(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, pad_heads=True), Parallel(pipeline=4),
         Parallel(), (2, 2, 1)),
+    "cp2 | pp2 | dp2": (2, Parallel(context=2), Parallel(pipeline=2), Parallel(), (2, 1, 4)),
+    "tp2 sp cp2 | tp2 dp2 | dp4": (
+        4, Parallel(tensor=2, sequence=True, context=2, pad_heads=True), Parallel(tensor=2), Parallel(), (4, 2, 1)),
+    "pp2 vpp2 cp2 | tp4 | dp4": (
+        4, Parallel(pipeline=2, virtual_pipeline=2, context=2), Parallel(tensor=4), Parallel(context=4), (1, 2, 1)),
 }
 
 

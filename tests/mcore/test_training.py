@@ -33,6 +33,7 @@ LAYOUTS = {
     "pp2 vpp2 dp2 | tp4 | dp4": (
         4, Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=4), WHOLE, (1, 2, 1)),
     "tp2 pp2": (4, Parallel(tensor=2, pipeline=2, pad_heads=True), WHOLE, PP2, (2, 2, 4)),
+    "cp2 dp2 | tp2 dp2 | pp2 dp2": (4, Parallel(context=2), TP2, PP2, (2, 4, 2)),
 }
 
 

@@ -80,7 +80,7 @@ def test_a_batch_holds_its_groups(data_of, count, multiple, at_least):
     """Against loops over single positions."""
     its = data_of.draw(groups(count))
     ids = number_samples(its)
-    batch = collate(its, ids, pad_id=99, multiple=multiple, at_least=at_least)
+    batch = collate(its, ids, pad_id=99, padding=Padding(multiple), at_least=at_least)
     flat = [(number, sample) for number, group in enumerate(its) for sample in group.samples]
     (width,) = batch.tokens_P.shape
     real = sum(len(sample.tokens) for _, sample in flat)
@@ -137,6 +137,44 @@ def test_a_pad_id_inside_a_response_keeps_its_loss():
 def test_a_batch_without_a_response_has_no_positions():
     positions = collate([Group("f:1", (Sample((1, 2), 2, Kind.ROLLOUT),))], [(0,)], pad_id=0).positions
     assert positions.labels_T.shape == (0,) and positions.labels_T.dtype == torch.int64
+
+
+@QUICK
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
+def test_context_ranks_share_a_row(data_of, count, multiple, context):
+    """Against the whole row, position by position."""
+    its = data_of.draw(groups(count))
+    ids = number_samples(its)
+    whole = collate(its, ids, pad_id=99)
+    flat = [sample for group in its for sample in group.samples]
+    seen = {}
+    for rank in range(context):
+        padding = Padding(multiple, context=context, context_rank=rank)
+        share = collate(its, ids, pad_id=99, padding=padding)
+        starts = share.cu_seqlens.tolist()
+        assert len(share.tokens_P) * context == starts[-1] and len(share.tokens_P) % multiple == 0
+        rows = [row for row, (start, stop) in enumerate(itertools.pairwise(starts))
+                for _ in range((stop - start) // context)]
+        for place, (row, position) in enumerate(zip(rows, share.position_ids_P.tolist(), strict=True)):
+            part = (starts[row + 1] - starts[row]) // (2 * context)
+            assert position // part in (rank, 2 * context - 1 - rank)
+            if row < len(flat) and position < len(flat[row].tokens):
+                at = int(whole.cu_seqlens[row]) + position
+                for name in ("tokens_P", "labels_P", "loss_mask_P"):
+                    assert getattr(share, name)[place] == getattr(whole, name)[at]
+                assert (row, position) not in seen
+                seen[row, position] = rank
+            else:
+                assert share.tokens_P[place] == 99 and not share.loss_mask_P[place]
+        positions = share.positions
+        found = list(zip(positions.rows_T.tolist(), share.position_ids_P[positions.places_T].tolist(), strict=True))
+        rows_of = [[row + sample.prompt_length - 1 for part in padding.own_rows(sample) for row in part]
+                   for sample in flat]
+        assert found == [(row, position) for row, own in enumerate(rows_of) for position in own]
+        assert share.counts() == whole.counts()
+        assert torch.equal(share.lengths_B, whole.lengths_B)
+    everything = [(row, position) for row, sample in enumerate(flat) for position in range(len(sample.tokens))]
+    assert sorted(seen) == everything
 
 
 # ----------------------------------------------------------------------------------------------- Step

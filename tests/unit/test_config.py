@@ -403,7 +403,6 @@ NONE_EARLIER = "Earlier stages save: none"
      "Raise teacher.parallel.pipeline or leave it out"),
     ("reference.parallel.sequence", True, "reference.parallel.sequence", "sequence parallelism needs tensor > 1",
      "Raise reference.parallel.tensor or leave it out"),
-    ("student.parallel.context", 2, "student.parallel.context", "context parallelism is not available yet", "Write 1"),
 ])
 def test_settings_that_do_not_fit_together(setting, value, field, rule, fix):
     error = refused(changed(setting, value))

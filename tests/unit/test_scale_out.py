@@ -15,7 +15,7 @@ from megakd.layout import Layout
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.traffic import training_traffic
 from megakd.planning.work import Lengths, work_of_lengths
-from megakd.teacher.transport import route, travelling_rows
+from megakd.teacher.transport import route, shares
 from tests.unit.test_planning import LLAMA_8B, LLAMA_70B
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "scale_out.py"))
@@ -74,7 +74,7 @@ def test_real_transport_of_a_rank_is_flat(world):
         step = TOOL["random_step"](4 * student.data, draw)
         table = step.table(student.data, 2)
         beside = step.table_beside(table, teacher.data, 4)
-        way = route(teacher, student, beside, table, travelling_rows(step.groups, BOTH), step.sample_ids)
+        way = route(teacher, student, beside, table, shares(step.groups, BOTH, 1), step.sample_ids)
         replica = max(sum(sample.response_length for micro in micros for group in micro
                           for sample in step.groups[group].samples) for micros in table)
         for rank in range(world):
@@ -91,7 +91,7 @@ def test_a_teacher_in_the_student_s_layout_sends_nothing():
     layout, step = Layout(32, 4), TOOL["random_step"](64, random.Random(0))
     table = step.table(layout.data, 2)
     beside = step.table_beside(table, layout.data, 4)
-    way = route(layout, layout, beside, table, travelling_rows(step.groups, BOTH), step.sample_ids)
+    way = route(layout, layout, beside, table, shares(step.groups, BOTH, 1), step.sample_ids)
     assert all(message.receiver == rank for rank in range(32) for message in way.sends(rank))
     assert sum(message.rows for rank in range(32) for message in way.receives(rank)) == step.counts["tokens"]
 

@@ -11,16 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.batch import Group, Kind, Sample, collate, number_samples, split_step
-from megakd.errors import ConfigError
 from megakd.layout import Layout
-from megakd.teacher.transport import Route, exchange, route, travelling_rows
+from megakd.teacher.transport import Route, exchange, route, shares
 
 
 def _plan(teacher: Layout, student: Layout, rows_of_sample, samples_of_group, teacher_micro=1, student_micro=1,
           seed=0) -> Route:
     lengths = [random.Random(seed + group).randint(2, 50) for group in range(len(samples_of_group))]
     return route(teacher, student, split_step(lengths, teacher.data, teacher_micro),
-                 split_step(lengths, student.data, student_micro), rows_of_sample, samples_of_group)
+                 split_step(lengths, student.data, student_micro), _dealt(rows_of_sample, student.context),
+                 samples_of_group)
+
+
+def _dealt(rows_of_sample, context: int):
+    """Numbers of rows as `shares` has them, cut as sequences are."""
+    parts = 1 if context == 1 else 2 * context
+    ranges = [[range(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)]
+              for rows in rows_of_sample]
+    own = [{rank, parts - 1 - rank} for rank in range(context)]
+    return [[[each for part, each in enumerate(its) if part in mine and len(each)] for its in ranges] for mine in own]
 
 
 def _labels(message):
@@ -31,9 +40,9 @@ def _received(plan: Route, rank: int):
     return [label for message in plan.receives(rank) for label in _labels(message)]
 
 
-def _needed(plan: Route, data: int):
-    return sorted((sample, row) for micro in plan.student_samples[data] for sample in micro
-                  for row in range(plan.rows_of_sample[sample]))
+def _needed(plan: Route, copy: int):
+    return sorted((segment.sample, row) for micro in plan.student_segments[copy] for segment in micro
+                  for row in range(segment.start, segment.stop))
 
 
 @st.composite
@@ -41,10 +50,12 @@ def _cases(draw):
     world = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]))
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     layouts = []
-    for _ in range(2):
+    for student in (False, True):
         tensor = draw(st.sampled_from(sizes))
         pipeline = draw(st.sampled_from([size for size in sizes if world % (tensor * size) == 0]))
-        layouts.append(Layout(world, tensor=tensor, pipeline=pipeline))
+        contexts = [size for size in sizes if world % (tensor * pipeline * size) == 0]
+        context = draw(st.sampled_from(contexts)) if student else 1
+        layouts.append(Layout(world, tensor=tensor, pipeline=pipeline, context=context))
     micros = [draw(st.integers(1, 2)) for _ in layouts]
     shares = [layout.data * micro for layout, micro in zip(layouts, micros, strict=True)]
     groups = draw(st.integers(1, 2)) * torch.tensor(shares).unique().prod().item()
@@ -75,14 +86,18 @@ def test_every_needed_row_arrives_once_from_a_rank_that_has_it(case):
         receiver_place = teacher.coordinates(receiver)
         if (receiver_place.pipeline, receiver_place.data) == (from_place.pipeline, from_place.data):
             assert sender == receiver  # what a rank holds itself never takes the network
-    for data in range(student.data):
-        members = [student.rank(tensor=t, data=data, pipeline=student.pipeline - 1) for t in range(student.tensor)]
-        shares = [_received(plan, rank) for rank in members]
-        assert sorted(label for share in shares for label in share) == _needed(plan, data)
-        assert [len(share) for share in shares] == [plan.received_rows(data, t) for t in range(student.tensor)]
-        assert max(map(len, shares)) - min(map(len, shares)) <= len(plan.blocks_of_student[data])
-    travelling = sum(1 for count in rows if count > 0)
-    assert sum(len(micro) for micros in plan.student_samples for micro in micros) == travelling
+    dealt, arrived = _dealt(rows, student.context), []
+    for copy in range(student.copies):
+        data, context = divmod(copy, student.context)
+        members = [student.rank(tensor=t, context=context, data=data, pipeline=student.pipeline - 1)
+                   for t in range(student.tensor)]
+        received_of = [_received(plan, rank) for rank in members]
+        assert sorted(label for labels in received_of for label in labels) == _needed(plan, copy)
+        assert all(any(row in part for part in dealt[context][sample]) for sample, row in _needed(plan, copy))
+        assert [len(labels) for labels in received_of] == [plan.received_rows(copy, t) for t in range(student.tensor)]
+        assert max(map(len, received_of)) - min(map(len, received_of)) <= len(plan.blocks_of_student[copy])
+        arrived += _needed(plan, copy)
+    assert sorted(arrived) == [(sample, row) for sample, count in enumerate(rows) for row in range(count)]
 
 
 @pytest.mark.parametrize("teacher, student", [
@@ -129,22 +144,25 @@ def test_rows_travel_for_the_asked_kinds_only():
     for kinds in [(Kind.CHOSEN,), (Kind.ROLLOUT,), (Kind.CHOSEN, Kind.ROLLOUT)]:
         wanted = torch.isin(batch.positions.kinds_T, torch.tensor(kinds))
         by_sample = torch.bincount(batch.sample_ids_B[batch.positions.rows_T[wanted]], minlength=6)
-        assert travelling_rows(groups, kinds) == by_sample.tolist()
-    assert travelling_rows(groups, [Kind.ROLLOUT]) == [0, 5, 0, 5, 0, 5]
+        (rows,) = shares(groups, kinds, 1)
+        assert [sum(map(len, own)) for own in rows] == by_sample.tolist()
+    assert shares(groups, [Kind.ROLLOUT], 1) == [[[], [range(5)]] * 3]
+    assert shares(groups[:1], [Kind.CHOSEN, Kind.ROLLOUT], 2) == [
+        [[range(0, 1)], []], [[range(1, 3)], [range(0, 3), range(3, 5)]]]
 
 
 def test_refuses_what_it_cannot_route():
-    with pytest.raises(ConfigError, match=r"context.*Set parallel.context to 1"):
+    with pytest.raises(ValueError, match=r"teacher 2 \(must be 1\), student 1"):
         _plan(Layout(4, context=2), Layout(4), [1] * 4, [(g,) for g in range(4)])
     with pytest.raises(ValueError, match="world 4 and student world 8"):
         _plan(Layout(4), Layout(8), [1] * 8, [(g,) for g in range(8)])
     with pytest.raises(ValueError, match="does not hold each of 2 groups once"):
-        route(Layout(1), Layout(1), [[[0], [0]]], [[[0], [1]]], [1, 1], [(0,), (1,)])
+        route(Layout(1), Layout(1), [[[0], [0]]], [[[0], [1]]], _dealt([1, 1], 1), [(0,), (1,)])
 
 
 def test_exchange_in_a_world_of_one_reorders_and_checks():
     one = Layout(1)
-    plan = route(one, one, [[[1], [0]]], [[[0, 1]]], [2, 0, 3], [(0, 1), (2,)])
+    plan = route(one, one, [[[1], [0]]], [[[0, 1]]], _dealt([2, 0, 3], 1), [(0, 1), (2,)])
     first_TK, second_TK = torch.arange(6.0).view(3, 2).requires_grad_(), torch.arange(10.0, 14.0).view(2, 2)
     options = {"width": 2, "dtype": torch.float32, "device": "cpu", "world_group": None, "student_tp_group": None}
     (both_TK,) = exchange(plan, 0, [first_TK, second_TK], **options)
@@ -158,5 +176,5 @@ def test_exchange_in_a_world_of_one_reorders_and_checks():
         exchange(plan, 0, [first_TK, first_TK], **options)
     with pytest.raises(ValueError, match="bfloat16"):
         exchange(plan, 0, [first_TK, second_TK], **{**options, "dtype": torch.bfloat16})
-    nothing = dataclasses.replace(route(one, one, [[[0]]], [[[0]]], [0], [(0,)]))
+    nothing = dataclasses.replace(route(one, one, [[[0]]], [[[0]]], _dealt([0], 1), [(0,)]))
     assert [tensor.shape for tensor in exchange(nothing, 0, [torch.empty(0, 2)], **options)] == [(0, 2)]
