@@ -213,9 +213,14 @@ def saved_of_layer(setup: TrainingSetup, widths: LayerWidths, recompute: str) ->
     if setup.spec == "local":
         # Both norms: input, normalised, weighted. Attention: query and key rotated, the packed projection, its output
         # sequence by sequence and together, the row sums. MLP: both halves, their activation, one half with its
-        # offset, and the product. Rotation: cosine and sine, once for query and once for key. With context ranks the
-        # attention has all of their keys and values instead of its rotated key and the projection.
-        attention = 4 * widths.query + 3 * widths.key if ranks == 1 else 3 * widths.query + 2 * ranks * widths.key
+        # offset, and the product. Rotation: cosine and sine, once for query and once for key.
+        attention = 4 * widths.query + 3 * widths.key
+        if ranks > 1:
+            # All ranks' keys and values instead of the rotated key and the projection; a mask for each part, as wide as
+            # the parts before it and itself.
+            work = setup.work.roles["student"]
+            mask = work.most("pairs") / work.most("tokens") * (1 + 1 / (2 * ranks))
+            attention = 3 * widths.query + 2 * ranks * widths.key + mask
         numbers = 6 * hidden + attention + 5 * widths.ffn * mlp
         return numbers * setup.parameter_bytes + STATISTICS_BYTES * (4 * widths.head_dim + widths.heads + 2)
     # Transformer Engine keeps a norm's input and output, the projection, rotated query and key, the attention's output,

@@ -77,10 +77,12 @@ def _bytes(value) -> int:
 def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSetup:
     """The planner's view of a case's first step."""
     requires = build_objective(case.objective).requires
-    roles = {role: RoleSetup(Architecture.read(case.directories[role]), case.parallels[role], world,
+    cuts = {role: case.parallels[role] if role == "student" else case.parallels[role].forward
+            for role in ("student", *requires.teachers)}
+    roles = {role: RoleSetup(Architecture.read(case.directories[role]), cut, world,
                              case.micro_batches[role], case.recompute if role == "student" else "none",
                              case.precision.holds_fp8_weights(trained=role == "student"))
-             for role in ("student", *requires.teachers)}
+             for role, cut in cuts.items()}
     paddings = {role: Padding(rows_multiple(case.precision, setup.parallel),
                               uniform=setup.parallel.virtual_pipeline > 1) for role, setup in roles.items()}
     teachers = {role: roles[role] for role in requires.teachers}

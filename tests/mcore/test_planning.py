@@ -29,6 +29,7 @@ CASES = {
     "tp2 sp, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
     "pp2 | tp2 sp": (2, DpoObjective(), Parallel(pipeline=2), SP2, (2, 4), "none"),
     "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),
+    "cp2 | dp2": (2, DpoObjective(), Parallel(context=2), Parallel(context=2), (4, 4), "none"),
     "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),
     "pp2 vpp2 dp2": (4, SftObjective(), Parallel(pipeline=2, virtual_pipeline=2), Parallel(), (1, 2), "none"),
 }
