@@ -190,10 +190,10 @@ def _layer_gradients(setup: TrainingSetup, widths: LayerWidths, tokens: float) -
         2 * mlp + whole + gathered * _copies(setup) + first - freed,
     )
     if (ranks := trained.parallel.context) > 1:
-        pair, copies = 2 * widths.key, 2 + _copies(setup)
-        # The attention's turn. Gradients of its result and its queries; those of all keys and values, in order and by
-        # rank; or the two buffers of a ring, with keys, values and their gradients in both, and one rank's results.
-        numbers = 2 * widths.query + copies * ranks * pair if setup.spec == "local" else 3 * widths.query + 5 * pair
+        pair = 2 * widths.key
+        # The attention's turn. Gradients of its result and its queries; those of all keys and values, and of one part's
+        # or by rank; or the two buffers of a ring, keys, values and their gradients in both, and one rank's results.
+        numbers = 2 * widths.query + 2 * ranks * pair if setup.spec == "local" else 3 * widths.query + 5 * pair
         moments = (*moments, numbers - freed)
     again = residual if trained.recompute != "none" else 0  # what the layer gives, made again
     return (residual + max(moments) + again) * tokens * setup.parameter_bytes

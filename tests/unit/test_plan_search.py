@@ -42,11 +42,13 @@ def question(roles: tuple[str, ...] = ("teacher",), **changes) -> Question:
     return replace(asked, **changes)
 
 
-def naive_layouts(model, asked: Question, recompute, micro_batches, virtual, pipelines) -> list[RoleSetup]:
+def naive_layouts(model, asked: Question, recompute, micro_batches, virtual, pipelines,
+                  contexts=(1,)) -> list[RoleSetup]:
     """Every combination of sizes that the rules of the project take, by the rules' own words."""
     found = []
-    for tensor, pipeline, chunks, sequence in product((1, 2, 3, 4), pipelines, virtual, (False, True)):
-        if asked.world % (tensor * pipeline) or 4 % tensor or (sequence and tensor == 1) \
+    for tensor, pipeline, chunks, sequence, context in product((1, 2, 3, 4), pipelines, virtual, (False, True),
+                                                               contexts):
+        if asked.world % (tensor * pipeline * context) or 4 % tensor or (sequence and tensor == 1) \
                 or (chunks > 1 and pipeline == 1):
             continue
         padded = model.kv_heads % tensor != 0
@@ -55,19 +57,20 @@ def naive_layouts(model, asked: Question, recompute, micro_batches, virtual, pip
         except ConfigError:
             continue
         for micro, again in product(micro_batches, recompute):
-            groups = asked.world // (tensor * pipeline) * micro * (pipeline if chunks > 1 else 1)
+            groups = asked.world // (tensor * pipeline * context) * micro * (pipeline if chunks > 1 else 1)
             if asked.global_batch % groups == 0:
-                cut = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, sequence=sequence,
-                               pad_heads=padded)
+                cut = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, context=context,
+                               sequence=sequence, pad_heads=padded)
                 found.append(RoleSetup(model, cut, asked.world, micro, again))
     return found
 
 
-def naive_best(asked: Question, cluster, limits: Limits) -> float:
-    """The least seconds of a step with the teachers beside the student, by timing all that fits."""
+def naive_best(asked: Question, cluster, limits: Limits, contexts=(1,)) -> float:
+    """The least seconds of a step with the teachers beside the student, by timing all that fits; the student with all
+    of `contexts`."""
     room = (cluster.device.memory_gib - cluster.device.reserved_gib) * 2**30
     sizes = (range(1, limits.micro_batch + 1), range(1, limits.virtual_pipeline + 1), range(1, limits.pipeline + 1))
-    students = naive_layouts(asked.trained, asked, limits.recompute, *sizes)
+    students = naive_layouts(asked.trained, asked, limits.recompute, *sizes, contexts)
     teachers = [naive_layouts(model, asked, ("none",), *sizes) for model in asked.teachers.values()]
     times = []
     for student, *others in product(students, *teachers):
@@ -91,6 +94,17 @@ def test_the_best_of_two_teachers_is_that_of_trying_everything(memory):
     asked, cluster = question(("teacher", "reference"), global_batch=4), small_cluster(device={"memory_gib": memory})
     limits = Limits(micro_batch=2, virtual_pipeline=1, pipeline=2, recompute=("none", "full"), placements=(BESIDE,))
     assert search(asked, cluster, limits)[0].seconds == naive_best(asked, cluster, limits)
+
+
+@pytest.mark.parametrize(("groups", "found"), [(1, True), (4, False)])
+def test_long_sequences_are_cut_over_ranks_where_groups_are_few(groups, found):
+    # With fewer groups than ranks there is nothing else for all of them to do; with more, whole sequences are quicker.
+    asked, cluster = question(global_batch=groups, lengths=Lengths(600, 400)), small_cluster()
+    limits = Limits(micro_batch=4, virtual_pipeline=1, pipeline=2, placements=(BESIDE,))
+    best = search(asked, cluster, limits)[0]
+    assert best.seconds == naive_best(asked, cluster, limits, contexts=(1, 2, 4))
+    assert (best.setup.trained.parallel.context > 1) == found
+    assert all(role.parallel.context == 1 for role in best.setup.teachers.values())
 
 
 def test_memory_decides_what_is_best():
@@ -149,7 +163,9 @@ def test_roles_that_answer_are_not_cut_along_the_sequence():
 def test_tensor_groups_stay_in_a_node_and_context_is_what_the_engine_takes():
     found = list(layouts(question(world=16, global_batch=16), small_cluster(), Limits(), "teacher"))
     assert {each.parallel.tensor for each in found} == {1, 2, 4}
-    assert {each.parallel.context for each in found} == {1}
+    assert {each.parallel.context for each in found} == {1}  # it only runs forward
+    students = layouts(question(world=16, global_batch=16), small_cluster(), Limits(), "student")
+    assert {each.parallel.context for each in students} == {1, 2, 4, 8}
     narrow = layouts(question(), small_cluster(), Limits(tensor=2), "teacher")
     assert {each.parallel.tensor for each in narrow} == {1, 2}
 
