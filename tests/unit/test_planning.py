@@ -8,9 +8,11 @@ import pytest
 
 from megakd.batch import Group, Kind, Padding, Sample, Step
 from megakd.config import Parallel, parse
+from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
 from megakd.layout import Layout
 from megakd.planning.memory import saved_of_layer, training_memory
+from megakd.planning.nodes import check_nodes
 from megakd.planning.recipe import setup_of_stage
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.sizes import (
@@ -207,14 +209,20 @@ def test_equal_micro_batches_have_the_longest_ones_row_on_context_ranks():
 
 
 def test_the_mean_work_of_context_ranks_is_that_of_equal_rows():
-    layouts, kinds = {"student": Layout(8, 2, 1, 2)}, (Kind.CHOSEN, Kind.REJECTED)
-    real = work_of_step(step_of(16, 35, 7), layouts, {"student": 2}, {"student": Padding()}, {}).roles["student"]
-    mean = work_of_lengths(Lengths(35, 7), kinds, 16, layouts, {"student": 2}, {}).roles["student"]
+    layouts, kinds = {"student": Layout(8, 2, 1, 2), "teacher": Layout(8, 4)}, {"teacher": (Kind.REJECTED,)}
+    step, micro_batches = step_of(16, 35, 7), {"student": 2, "teacher": 1}
+    works = (work_of_step(step, layouts, micro_batches, dict.fromkeys(layouts, Padding()), kinds),
+             work_of_lengths(Lengths(35, 7), (Kind.CHOSEN, Kind.REJECTED), 16, layouts, micro_batches, kinds))
+    real, mean = (work.roles["student"] for work in works)
     # 42 positions are filled up to 44; all 7 answers' positions stand in the last of 4 parts, on one rank.
     assert real.sum("tokens") == mean.sum("tokens") == 4 * 4 * 44 / 2
     assert real.sum("pairs") == mean.sum("pairs") == 4 * 4 * 44 * 45 / 2 / 2
     assert real.sum("all_rows") == mean.sum("all_rows") == 4 * 4 * 7
     assert len(real.micro_batches) == len(mean.micro_batches) == 4
+    # That rank gets all of the teacher's rows, half of them on each of its tensor ranks, which gather the whole.
+    assert works[0].received("teacher") == works[1].received("teacher") == 8 * 7
+    assert works[0].moved["teacher"].gathered == (56, 0, 56, 0)
+    assert sum(works[0].moved["teacher"].sent) == sum(works[0].moved["teacher"].received) <= 16 * 7
 
 
 def context_setup(context: int, device: str, recompute: str = "none", teacher: bool = False) -> TrainingSetup:
@@ -287,9 +295,11 @@ def test_attention_keeps_all_keys_and_values_on_the_cpu_and_its_own_in_a_ring():
     query, key = 2048, 512
     widths = layer_widths(LLAMA_8B, 2)
     local = [saved_of_layer(context_setup(context, "cpu"), widths, "none") for context in (1, 2, 4)]
-    # Without context ranks: rotated query and key, the projection, two results. With: the query, all keys and values.
-    assert local[1] - local[0] == 2 * (3 * query + 2 * 2 * key - 4 * query - 3 * key)
-    assert local[2] - local[1] == 2 * 2 * 2 * key
+    # Without context ranks: rotated query and key, the projection, two results. With: the query, all keys and values,
+    # two results, and masks of 24 x 24 (12 x 12) for each part up to the own ones: 5 (9) of them for a rank's 48 (24).
+    assert local[1] - local[0] == pytest.approx(2 * (3 * query + 2 * 2 * key - 4 * query - 3 * key + 5 * 24**2 / 48),
+                                                rel=1e-3)
+    assert local[2] - local[1] == pytest.approx(2 * (2 * 2 * key + 9 * 12**2 / 24 - 5 * 24**2 / 48), rel=1e-3)
     ring = [saved_of_layer(context_setup(context, "cuda"), widths, "none") for context in (1, 2, 4)]
     assert ring[1] == ring[2] == ring[0] - 2 * (query + key)
     travelling = training_memory(context_setup(4, "cuda"), 0).phases["keys and values travel"]["keys and values"]
@@ -324,3 +334,11 @@ def test_only_the_trained_model_of_a_stage_has_context_ranks(tmp_path):
     assert (setup.trained.layout.context, setup.trained.layout.data) == (2, 2)
     assert {role.layout for role in setup.teachers.values()} == {Layout(4)}
     assert len(setup.teachers) == 2
+    # Two ranks hold one copy, of which a training takes one more for its other half of each sequence.
+    wide = recipe.model_copy(update={"teacher": cut["teacher"].model_copy(
+        update={"parallel": Parallel(tensor=2, context=2)})})
+    check_nodes(wide, [adpa], 2, 1)
+    assert setup_of_stage(wide, adpa, 2, Lengths(20, 10)).teachers["teacher"].layout == Layout(2, 2)
+    with pytest.raises(ConfigError, match="student takes in stage adpa: tensor 1 x pipeline 1 x context 4"):
+        check_nodes(wide.model_copy(update={"student": cut["student"].model_copy(
+            update={"parallel": Parallel(context=4)})}), [adpa], 2, 1)
