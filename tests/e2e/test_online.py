@@ -36,7 +36,7 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_another_layout_draws_and_learns_the_same(finished, tmp_path):
     recipe, folder = finished
-    layout = ("student.parallel.tensor=1", "teacher.parallel.tensor=2", "teacher.parallel.pipeline=1",
+    layout = ("student.parallel={context: 2}", "teacher.parallel.tensor=2", "teacher.parallel.pipeline=1",
               "teacher.parallel.pad_heads=true")
     run_in_pool(recipe, f"output={tmp_path / 'other'}", *layout)
     for name in STAGES:

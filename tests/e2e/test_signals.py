@@ -211,15 +211,18 @@ def test_a_finished_stage_says_which_input_has_changed(finished):
 
 
 # --------------------------------------------------------------------------------------- the last: they change the run
-def test_another_layout_and_micro_batch_read_the_same(finished):
-    """Written by a teacher of two pipeline stages and two copies of the reference for TP2; here read at TP1 x DP2."""
+@pytest.mark.parametrize("axis", ["context", "data"])
+def test_another_layout_and_micro_batch_read_the_same(finished, axis):
+    """Written by a teacher of two pipeline stages and two copies of the reference for TP2; here read at TP1 by two
+    replicas, or by two ranks that share each sequence."""
     raw, recipe = finished
     folder, names = Path(raw["output"]), ("dckd", "adpa_listed", "adpa_released")
     right = {name: curve(folder, name) for name in names}
-    run_in_pool(recipe, "student.parallel={}", "student.micro_batch=1", only=names, redo=names)
+    parallel = "{context: 2}" if axis == "context" else "{}"
+    run_in_pool(recipe, f"student.parallel={parallel}", "student.micro_batch=1", only=names, redo=names)
     for name in names:
         manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
-        assert manifest["layout"]["student"]["data"] == 2
+        assert manifest["layout"]["student"][axis] == 2
         assert curve(folder, name) == pytest.approx(right[name], rel=1e-5)
 
 

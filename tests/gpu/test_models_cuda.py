@@ -183,10 +183,11 @@ def test_a_recipe_that_the_card_lacks_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("device", [on_cuda(unless=NO_SECOND_RANK)])
-def test_the_curve_at_tensor_2_is_that_of_one_rank(directories, device):
+@pytest.mark.parametrize("parallel", [Parallel(tensor=2, sequence=True), Parallel(context=2)], ids=["tp2 sp", "cp2"])
+def test_the_curve_of_two_ranks_is_that_of_one(directories, parallel, device):
     # On the CPU: tests/mcore/test_training.py.
-    one, two = (run_ranks(world, curve, distillation(directories, BF16, Parallel(tensor=world, sequence=world > 1)),
-                          device=device) for world in (1, 2))
+    one, two = (run_ranks(world, curve, distillation(directories, BF16, cut), device=device)
+                for world, cut in ((1, WHOLE), (2, parallel)))
     assert two[0] == two[1], "the ranks report different metrics"
     losses = [[metrics["loss"] for metrics in ranks[0]] for ranks in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -16,6 +16,7 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import utils
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -150,27 +151,55 @@ class _DotProductAttention(_Module):
 
     def __init__(self, num_attention_heads: int, kv_channels: int, num_gqa_groups: int, attention_dropout: float,
                  attn_mask_type: str, sequence_parallel: bool, tp_size: int, get_rng_state_tracker: object,
-                 tp_group: object, layer_number: int, attention_type: str, softmax_scale: float | None):
+                 tp_group: object, layer_number: int, attention_type: str, softmax_scale: float | None,
+                 cp_group: dist.ProcessGroup | None = None, cp_global_ranks: list[int] | None = None,
+                 cp_stream: object = None, cp_comm_type: str = "p2p"):
         super().__init__()
         assert attn_mask_type == "causal" and attention_dropout == 0.0 and softmax_scale is None
+        assert cp_comm_type == "p2p" and (cp_stream is None) == (cp_group is None)
+        assert cp_group is None or cp_global_ranks == dist.get_process_group_ranks(cp_group)
+        self.cp_group = cp_group
         self.heads, self.groups, self.width = num_attention_heads // tp_size, num_gqa_groups // tp_size, kv_channels
 
     def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: None, *,
-                qkv_format: str, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, cu_seqlens_q_padded: None,
-                cu_seqlens_kv_padded: None, max_seqlen_q: int, max_seqlen_kv: int, attn_mask_type: str) -> Tensor:
+                qkv_format: str, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, cu_seqlens_q_padded: Tensor | None,
+                cu_seqlens_kv_padded: Tensor | None, max_seqlen_q: int, max_seqlen_kv: int,
+                attn_mask_type: str) -> Tensor:
         """Lines 799-822: "thd" takes [tokens, heads, D] and gives [tokens, heads * D]."""
         assert qkv_format == "thd" and attn_mask_type == "padding_causal" and attention_mask is None
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
         assert query_layer.shape[1:] == (self.heads, self.width)
         assert key_layer.shape[1:] == value_layer.shape[1:] == (self.groups, self.width)
         lengths = cu_seqlens_q.diff().tolist()
-        assert max(lengths) <= max_seqlen_q == max_seqlen_kv and sum(lengths) == len(query_layer)
+        assert max(lengths) <= max_seqlen_q == max_seqlen_kv
+        if self.cp_group is not None:
+            # context_parallel.py:4019-4021; the filling of a sequence is said to be part of it.
+            assert torch.equal(cu_seqlens_q_padded, cu_seqlens_q) and torch.equal(cu_seqlens_kv_padded, cu_seqlens_kv)
+            return self._dual_chunk_swap(query_layer, key_layer, value_layer, lengths)
+        assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None and sum(lengths) == len(query_layer)
         return torch.cat([
             nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             .transpose(0, 1).flatten(1)
             for query, key, value in zip(*(tensor.transpose(0, 1).split(lengths, 1)
                                            for tensor in (query_layer, key_layer, value_layer)), strict=True)
         ])
+
+
+    def _dual_chunk_swap(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """context_parallel.py:3953-3977: which token of which sequence each row of each rank is; then one dense mask
+        over all of them."""
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        tokens = [[(number, part * (length // (2 * size)) + place) for number, length in enumerate(lengths)
+                   for part in (each, 2 * size - 1 - each) for place in range(length // (2 * size))]
+                  for each in range(size)]
+        assert len(tokens[rank]) == len(query)
+        keys, values = (mappings.gather_from_sequence_parallel_region(each.contiguous(), group=self.cp_group)
+                        for each in (key, value))
+        sees = [[one[0] == other[0] and one[1] >= other[1] for own in tokens for other in own] for one in tokens[rank]]
+        return nn.functional.scaled_dot_product_attention(
+            query.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1), attn_mask=torch.tensor(sees),
+            enable_gqa=True,
+        ).transpose(0, 1).flatten(1)
 
 
 def _mark(weight: nn.Parameter, axis: int) -> None:
@@ -219,7 +248,8 @@ def transformer_engine() -> Iterator[None]:
     try:
         with mock.patch.object(utils, "_te_version", None):
             specs = importlib.import_module(_BUILT_ON_IT[-1])
-            with (mock.patch.object(layers, "get_gpt_layer_with_transformer_engine_spec",
+            with (mock.patch.object(torch.cuda, "Stream", object),  # megatron-core makes one for context parallelism
+                  mock.patch.object(layers, "get_gpt_layer_with_transformer_engine_spec",
                                     specs.get_gpt_layer_with_transformer_engine_spec),
                   mock.patch.object(model, "spec_of", lambda *_, **__: "te")):
                 yield

@@ -121,9 +121,9 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     (2, Parallel(), "fp32"),
     (2, Parallel(), "bf16"),
     (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32"),
-    (4, Parallel(tensor=2, pad_heads=True), "bf16"),
+    (4, Parallel(tensor=2, pad_heads=True, context=2), "bf16"),
     (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32"),
-], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 dp2 bf16",
+], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 cp2 bf16",
         "pp2 vpp2 dp2"])
 def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, precision):
     results = run_ranks(ranks, _save_and_resume, training(tied, parallel, precision), str(tmp_path))
@@ -198,9 +198,10 @@ def saved(tied, untied, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
     (2, Parallel()),
     (2, Parallel(tensor=2, pad_heads=True, sequence=True)),
     (2, Parallel(pipeline=2)),
+    (4, Parallel(context=2)),
     (4, Parallel(tensor=4, pad_heads=True)),
     (4, Parallel(pipeline=2, virtual_pipeline=2)),
-], ids=["1", "dp2", "tp2 sp", "pp2", "tp4", "pp2 vpp2 dp2"])
+], ids=["1", "dp2", "tp2 sp", "pp2", "cp2 dp2", "tp4", "pp2 vpp2 dp2"])
 def test_another_layout_reads_the_same_numbers_and_goes_on(request, saved, model, ranks, parallel):
     folder, writers = saved[model]
     readers = run_ranks(ranks, _resume, training(request.getfixturevalue(model), parallel), str(folder))

@@ -155,7 +155,7 @@ def test_first_gradients_of_other_students(directories, students, student, layou
     test_first_gradients_equal_plain_torch(directories | {"student": students[student]}, "adpa", layout)
 
 
-@pytest.mark.parametrize("layout", ["one process", "tp2 sp | tp2 sp | dp2", "tp2 sp pp2 vpp2 | pp4 | dp4"])
+@pytest.mark.parametrize("layout", ["one process", "tp2 sp cp2 | tp2 dp2 | dp4", "tp2 sp pp2 vpp2 | pp4 | dp4"])
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
 def test_first_gradients_with_activations_made_again(directories, recompute, layout):
     test_first_gradients_equal_plain_torch(directories, "dckd", layout, recompute)

@@ -100,7 +100,8 @@ def _train(case: Distillation, spec: str, folder: str, resumes: bool) -> dict[st
 
 @pytest.mark.parametrize("student, parallel, writer, reader", [
     ("biases", SEQUENCE, "local", "te"), ("biases", SEQUENCE, "te", "local"), ("tied", Parallel(), "local", "te"),
-], ids=["tp2 sp", "tp2 sp, back", "dp2"])
+    ("tied", Parallel(context=2), "local", "te"),
+], ids=["tp2 sp", "tp2 sp, back", "dp2", "cp2"])
 def test_a_training_goes_on_in_the_other_spec(students, tmp_path, student, parallel, writer, reader):
     case = training(students[student], parallel)
     wrote = run_ranks(2, _train, case, writer, str(tmp_path), False)
