@@ -129,8 +129,8 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
         calls = (device.layer_backward_us + again * device.layer_forward_us) * 1e-6
         backward["calls"] = waiting_for_calls(setup, calls, sum(backward.values()))
     ways = tuple({part: seconds * layers for part, seconds in way.items()} for way in (forward, backward))
-    calls = model_calls(role, setup, RoleWork((micro,)), pipeline_rank, name, training=training)
-    heard = _heard(cluster, role, "tensor", calls) * (1 - cluster.overlap.tensor)
+    messages = model_calls(role, setup, RoleWork((micro,)), pipeline_rank, name, training=training)
+    heard = _heard(cluster, role, "tensor", messages) * (1 - cluster.overlap.tensor)
     share = (1 / 3 if role.recompute == "none" else 1 / 2) if training else 1
     ways[0]["tensor messages"] = heard * share
     if training:
@@ -140,7 +140,7 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
         onward = context_calls(role, setup, micro.tokens, layers, name, training=False)
         ways[0]["context messages"] = _heard(cluster, role, "context", onward)
         if training:
-            ways[1]["context messages"] = _heard(cluster, role, "context", calls) - ways[0]["context messages"]
+            ways[1]["context messages"] = _heard(cluster, role, "context", messages) - ways[0]["context messages"]
     return StageTime(*ways)
 
 
