@@ -106,13 +106,6 @@ def test_a_world_that_does_not_divide(raw, tmp_path):
     assert refused(raw, tmp_path, ConfigError, world=3).startswith("student.parallel = 'tensor 2 x pipeline 1")
 
 
-def test_sequence_parallelism_of_a_model_that_answers(raw, tmp_path):
-    raw["student"]["parallel"]["sequence"] = True
-    message = refused(raw, tmp_path, ConfigError)
-    assert message.startswith("student.parallel.sequence = True: stage generate lets it answer, a token at a time")
-    check_recipe(parse(raw), WORLD, only=["dckd"])
-
-
 def test_a_model_of_an_unknown_family(raw, tmp_path):
     config = tmp_path / "student_start" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
