@@ -154,12 +154,13 @@ class Job:
         return full.view(parameter.shape)
 
     def local_states(self) -> dict[str, torch.Tensor]:
-        """All that this rank keeps: parameters whole, states in its own slices."""
+        """All that this rank keeps, in float32: parameters whole, states in its own slices."""
         kept = {}
         with self.trainer.states_at_hand():
             for chunk in range(len(self.student.chunks)):
                 for name, parameter in self.student.parameters_of(chunk).items():
-                    kept[f"{chunk}.{name}"] = parameter.detach().to(CPU, copy=True)
+                    # Of an FP8 parameter this is a plain tensor, which a CPU can compare.
+                    kept[f"{chunk}.{name}"] = parameter.detach().float().to(CPU, copy=True)
                     if self.trainer.slice_of(parameter) is not None:
                         for state, values in self.trainer.states_of(parameter).items():
                             kept[f"{chunk}.{name}.{state}"] = values.detach().to(CPU, copy=True)
