@@ -523,10 +523,10 @@ def test_wandb_that_is_not_installed(raw, tmp_path, monkeypatch):
     assert message.startswith("wandb = True: the package wandb is not installed. Run `pip install wandb`")
 
 
-def test_how_replicas_exchange_is_no_part_of_a_stage_s_result(raw):
+def test_how_replicas_exchange_and_where_states_lie_is_no_part_of_a_stage_s_result(raw):
     def config(**settings: object) -> dict[str, Any]:
         stage(raw, "dckd")["optimizer"] = {"lr": 1e-3, **settings}
         recipe = parse(raw)
         return stage_config(recipe, next(each for each in recipe.stages if each.name == "dckd"))
 
-    assert config() == config(overlap=True) == config(overlap=False) != config(clip=2.0)
+    assert config() == config(overlap=True) == config(overlap=False) == config(offload=True) != config(clip=2.0)
