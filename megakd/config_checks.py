@@ -56,11 +56,6 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     for stage in stages:
         if isinstance(stage, TrainStage):
             _check_global_batch(recipe, stage, world)
-        for name in answering_roles(stage):
-            if recipe.role(name).parallel.sequence:
-                rule = f"stage {stage.name} lets it answer, a token at a time, which cannot be cut along the sequence"
-                raise ConfigError(f"{name}.parallel.sequence", True, rule,
-                                  "Leave it out, or run this stage by itself with false (`--stage`)")
 
 
 def answering_roles(stage: AnyStage) -> tuple[str, ...]:

@@ -28,6 +28,9 @@ class Optimizer(Section):
     overlap: bool | None = None
     """Replicas exchange gradients during the backward pass and new parameters during the next forward pass. When left
     out: on a GPU. Changes time, not results."""
+    offload: bool = False
+    """Between steps the optimizer's states (master weights of 16-bit and FP8 parameters, both moments) lie in the
+    host's memory, and the GPU's is free for forward and backward passes. Changes time and memory, not results."""
 
 
 class OnlineAnswers(Section):

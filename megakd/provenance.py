@@ -20,7 +20,7 @@ SIGNALS = "signals"
 """Name of a score stage's folder of signals in its folder, where it writes another signal."""
 HOW_NOT_WHAT = {
     **dict.fromkeys(("name", "kind", "role", "checkpoint_every", "chunk_tokens", "slots", "batch_size"), True),
-    "judge": {"timeout"}, "online": {"slots"}, "optimizer": {"overlap"},
+    "judge": {"timeout"}, "online": {"slots"}, "optimizer": {"overlap", "offload"},
 }
 """Settings of a stage that its result does not depend on."""
 

@@ -65,7 +65,7 @@ def latest(folder: Path) -> tuple[Path, int] | None:
 def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], world_group: dist.ProcessGroup) -> Path:
     """Writes checkpoint `step` and then removes the older ones.
 
-    A rank holds what it writes in host memory: 12 bytes for each number of its slices.
+    A rank holds what it writes in host memory: 12 bytes for each number of its slices, besides `offload`'s buffers.
 
     Args:
         folder: the stage's checkpoint folder, on a file system that every rank sees.
@@ -84,12 +84,13 @@ def save(folder: Path, step: int, trainer: Trainer, facts: Mapping[str, str], wo
     dist.barrier(group=world_group)
     tensors, slices = _random_states(), {}
     tensors |= {name: values.to("cpu", copy=True) for name, values in _amax_states(trainer).items()}
-    for chunk in range(len(trainer.model.chunks)):
-        for name, parameter in trainer.model.parameters_of(chunk).items():
-            if (owned := trainer.slice_of(parameter)) is not None:
-                slices[f"{chunk}.{name}"] = [owned.start, owned.stop]
-                for state, values in trainer.states_of(parameter).items():
-                    tensors[f"{chunk}.{name}.{state}"] = values.detach().to("cpu", torch.float32, copy=True)
+    with trainer.states_at_hand():
+        for chunk in range(len(trainer.model.chunks)):
+            for name, parameter in trainer.model.parameters_of(chunk).items():
+                if (owned := trainer.slice_of(parameter)) is not None:
+                    slices[f"{chunk}.{name}"] = [owned.start, owned.stop]
+                    for state, values in trainer.states_of(parameter).items():
+                        tensors[f"{chunk}.{name}.{state}"] = values.detach().to("cpu", torch.float32, copy=True)
     header = {"slices": json.dumps(slices)}
     group = trainer.model.grid.groups.dp_cp
     whole = all_gather_json({"rank": rank, "slices": slices}, group, next(trainer.model.chunks[0].parameters()).device)
@@ -141,21 +142,22 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
     files = _Files(path)
     own = files.slices(rank) if writer == reader else {}
     index = _Index(path, writer, files)
-    trainer.prepare_states(information["adam_step"])
-    for chunk in range(len(trainer.model.chunks)):
-        pieces_of: dict[str, list[Piece]] = defaultdict(list)
-        for piece in trainer.model.pieces_of(chunk):
-            pieces_of[piece.parameter].append(piece)
-        for name, parameter in trainer.model.parameters_of(chunk).items():
-            if (owned := trainer.slice_of(parameter)) is None:
-                continue
-            key = f"{chunk}.{name}"
-            for state, target in trainer.states_of(parameter).items():
-                if own.get(key) == [owned.start, owned.stop]:
-                    target.copy_(files.tensor(rank, f"{key}.{state}"))
-                else:
-                    target.copy_(index.parameter(parameter.shape, pieces_of[name], state).view(-1)[owned])
-    trainer.publish_parameters()
+    with trainer.states_at_hand():
+        trainer.prepare_states(information["adam_step"])
+        for chunk in range(len(trainer.model.chunks)):
+            pieces_of: dict[str, list[Piece]] = defaultdict(list)
+            for piece in trainer.model.pieces_of(chunk):
+                pieces_of[piece.parameter].append(piece)
+            for name, parameter in trainer.model.parameters_of(chunk).items():
+                if (owned := trainer.slice_of(parameter)) is None:
+                    continue
+                key = f"{chunk}.{name}"
+                for state, target in trainer.states_of(parameter).items():
+                    if own.get(key) == [owned.start, owned.stop]:
+                        target.copy_(files.tensor(rank, f"{key}.{state}"))
+                    else:
+                        target.copy_(index.parameter(parameter.shape, pieces_of[name], state).view(-1)[owned])
+        trainer.publish_parameters()
     trainer.set_schedule(step)
     trainer.tokens = information["tokens"]
     amaxes = _amax_states(trainer)

@@ -29,7 +29,7 @@ from megakd.batch import Padding
 from megakd.check_precision import FP8_MULTIPLES, rows_multiple
 from megakd.comm import broadcast_json
 from megakd.config import Parallel, Precision
-from megakd.errors import ConfigError, ModelError
+from megakd.errors import ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
 from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
@@ -353,22 +353,24 @@ def evaluating(model: Model) -> Iterator[None]:
             chunk.train(mode)
 
 
+def _sequence_cuts(model: Model) -> list[tuple[object, str]]:
+    """Where a model's modules are told of sequence parallelism: none without it."""
+    owners = [model.config, *(module for chunk in model.chunks for module in chunk.modules())]
+    return [(owner, name) for owner in owners for name in ("sequence_parallel", "reduce_scatter_embeddings")
+            if getattr(owner, name, False) is True]
+
+
 class PipelineDecoder:
     """What the rollout engine sees of a model: one forward over all pipeline stages with a key/value cache.
 
-    The chunks of a virtual pipeline run in their order around the ring of stages.
+    The chunks of a virtual pipeline run in their order around the ring of stages. A token cannot be cut: a model under
+    sequence parallelism decodes without it.
     """
 
     def __init__(self, model: Model, longest: int):
         """`longest` bounds prompt and answer together, besides the model's own context."""
-        if model.config.sequence_parallel:
-            raise ConfigError(
-                "parallel.sequence",
-                True,
-                "rollouts decode one token at a time, which cannot be cut along the sequence",
-                "Leave sequence parallelism off for the model that generates",
-            )
         self.model = model
+        self.cuts = _sequence_cuts(model)
         self.tp_group = model.grid.groups.tp
         self.pp_group = model.grid.groups.pp
         self.is_first_stage = model.grid.is_first_stage
@@ -418,9 +420,13 @@ class PipelineDecoder:
     def _run(self, chunk: HiddenGPT, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor:
         for layer in chunk.decoder.layers:
             attention_of(layer).cache = cache
+        for owner, name in self.cuts:
+            setattr(owner, name, False)
         try:
             return chunk(tokens_BS, position_ids_BS)
         finally:
+            for owner, name in self.cuts:
+                setattr(owner, name, True)
             for layer in chunk.decoder.layers:
                 attention_of(layer).cache = None
 

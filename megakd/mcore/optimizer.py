@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import megatron.core.optimizer
@@ -20,11 +22,23 @@ from megakd.config_stages import Optimizer as OptimizerSettings
 from megakd.hf.importer import exact_parameters
 from megakd.hf.pieces import Piece, parameter_shapes
 from megakd.mcore.model import Model, unwrap
+from megakd.mcore.offload import OffloadedStates
 
 logger = logging.getLogger("megakd")
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, in float32: the master weight and Adam's two moments."""
+
+
+def _with_states(method: Callable) -> Callable:
+    """Has a method of `Trainer` find the optimizer's states on the device."""
+
+    @wraps(method)
+    def called(trainer: Trainer, *args: object) -> object:
+        with trainer.states_at_hand():
+            return method(trainer, *args)
+
+    return called
 
 
 @dataclass
@@ -36,6 +50,12 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     tokens: int = 0
     """That the model has worked through, prompts included; kept in checkpoints."""
+    offloaded: OffloadedStates | None = None
+    """Where the optimizer's states lie in the host's memory between steps."""
+
+    def states_at_hand(self) -> AbstractContextManager[None]:
+        """Has the optimizer's states on the device, where `offload` keeps them from it; may be nested."""
+        return nullcontext() if self.offloaded is None else self.offloaded.fetched()
 
     def zero_grad(self) -> None:
         """Clears the gradient buffers; called before each step."""
@@ -44,6 +64,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @_with_states
     def step(self) -> float:
         """Clips, updates the parameters, advances the schedule; returns the gradient's norm before clipping.
 
@@ -73,7 +94,8 @@ class Trainer:
         return None
 
     def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """This rank's slice (`slice_of`) of the parameter's `STATES`, to read or to copy into."""
+        """This rank's slice (`slice_of`) of the parameter's `STATES`, to read or to copy into, inside of
+        `states_at_hand`."""
         tensors = self._tensors_of(parameter)
         return {name: tensors[name] for name in STATES}
 
@@ -82,9 +104,13 @@ class Trainer:
         return self._tensors_of(parameter)["param"]
 
     def _tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if self.offloaded is not None and not self.offloaded.at_hand:
+            # Without memory behind them they end the process of who reads them.
+            raise RuntimeError("the optimizer's states are in the host's memory: read them inside of states_at_hand")
         owner = next(owner for owner in self._distributed() if parameter in owner.model_param_group_index_map)
         return owner._get_main_param_and_optimizer_states(parameter)
 
+    @_with_states
     def whole_parameters(self) -> list[dict[str, Tensor]]:
         """Each chunk's parameters as they are to be written, float32: the parameters themselves, or, where these are
         rounded ones, their master weights, in host memory of the ranks that write (data coordinate 0).
@@ -103,6 +129,7 @@ class Trainer:
             chunks.append(whole)
         return chunks
 
+    @_with_states
     @torch.no_grad()
     def fill_masters(self, directory: Path) -> None:
         """Has the master weights begin with the numbers of the model's files, which 16-bit parameters have rounded.
@@ -169,6 +196,7 @@ class Trainer:
                     return int(group["step"])
         return 0
 
+    @_with_states
     def prepare_states(self, steps: int) -> None:
         """Allocates the moments and sets Adam's step count, so that saved states can be copied in."""
         for owner in self._distributed():
@@ -203,6 +231,7 @@ class Trainer:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    @_with_states
     def publish_parameters(self) -> None:
         """Copies the master weights into the model's parameters on every rank (after they were loaded).
 
@@ -219,8 +248,8 @@ class Trainer:
 
 def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Trainer:
     """Wraps a model's chunks in DistributedDataParallel and makes its optimizer and cosine schedule of `steps`."""
-    on_gpu = next(model.chunks[0].parameters()).device.type == "cuda"
-    overlap = on_gpu if settings.overlap is None else settings.overlap
+    device = next(model.chunks[0].parameters()).device
+    overlap = device.type == "cuda" if settings.overlap is None else settings.overlap
     wrapped = [
         DistributedDataParallel(
             config=model.config,
@@ -236,8 +265,9 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
     ]
     # megatron-core has chosen at its import: Transformer Engine's, else NVIDIA's apex's, else torch's.
     adam = megatron.core.optimizer.Adam
-    logger.info("optimizer: %s.%s, exchanges between replicas %s", adam.__module__, adam.__qualname__,
-                "overlapped" if overlap else "not overlapped")
+    logger.info("optimizer: %s.%s, exchanges between replicas %s%s", adam.__module__, adam.__qualname__,
+                "overlapped" if overlap else "not overlapped",
+                ", states in the host's memory between steps" if settings.offload else "")
     model.chunks[:] = wrapped
     model.config.finalize_model_grads_func = finalize_model_grads
     if overlap:
@@ -262,4 +292,5 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
     )
     # It counts from 1, as a first step at rate zero would be wasted, too.
     scheduler.step(increment=1)
-    return Trainer(model, optimizer, scheduler)
+    offloaded = OffloadedStates(optimizer.chained_optimizers, device) if settings.offload else None
+    return Trainer(model, optimizer, scheduler, offloaded=offloaded)

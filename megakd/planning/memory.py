@@ -29,6 +29,8 @@ class Memory:
     """What is there throughout the stage: part -> bytes."""
     phases: dict[str, dict[str, float]]
     """Moment of a step -> part -> bytes that are there besides."""
+    host: float = 0.0
+    """Bytes of the host's memory that the optimizer's states take between steps (`optimizer.offload`)."""
 
     @property
     def fullest(self) -> str:
@@ -73,9 +75,23 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
         phases["embedding's gradient"] = signals | {"embedding's gradient": 2 * dense}
     if setup.device == "cpu":
         # gloo reduces a copy of what it is given; NCCL works in place.
-        chunk = max(shard_parameters(trained.architecture, shard) for shard in shards)
-        phases["gradients are summed"] = signals | {"gloo's copy of the gradients": chunk * STATISTICS_BYTES}
-    return Memory(kept, phases)
+        copied = _largest_chunk(setup, shards) * STATISTICS_BYTES
+        phases["gradients are summed"] = signals | {"gloo's copy of the gradients": copied}
+    if not setup.offload:
+        return Memory(kept, phases)
+    # The optimizer's states are there during its step alone, when activations and signals are gone.
+    states = kept.pop("optimizer")
+    phases["optimizer's step"] = {"optimizer": states}
+    if setup.device == "cpu":
+        phases["optimizer's step"]["gloo's copy of the parameters"] = (
+            _largest_chunk(setup, shards) * setup.parameter_bytes)
+        kept["optimizer's host buffers"] = states  # in the same memory
+    return Memory(kept, phases, states)
+
+
+def _largest_chunk(setup: TrainingSetup, shards: Sequence[Shard]) -> int:
+    """Parameters of it: gradients are summed and parameters gathered a chunk at a time."""
+    return max(shard_parameters(setup.trained.architecture, shard) for shard in shards)
 
 
 def _gather_buffer(setup: TrainingSetup) -> float:

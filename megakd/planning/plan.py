@@ -144,11 +144,15 @@ def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Can
     answering = tuple(role for other in recipe.stages for role in answering_roles(other))
     question = replace(question, answering=answering)
     change = smallest_change(question, own, stored, Limits())
+    ways = []
     if change is not None:
         settings = " ".join(changes_between(own, change, question.trains))
-        fix = f"Set {settings} ({change.memory.total / GIB:.1f} GiB, {change.seconds:.3g} s a step)"
-    else:
-        fix = _other_ways(question, own)
+        ways.append(f"{settings} ({change.memory.total / GIB:.1f} GiB, {change.seconds:.3g} s a step)")
+    offloading = Candidate(own.cluster, replace(own.setup, offload=True))
+    if offloading.fits:
+        ways.append(f"stages.{stage.name}.optimizer.offload=true ({offloading.memory.total / GIB:.1f} GiB, "
+                    f"{offloading.memory.host / GIB:.1f} GiB of the host's memory a GPU)")
+    fix = f"Set {', or '.join(ways)}" if ways else _other_ways(question, own)
     roles = "; ".join(f"{stage.trains if name == 'student' else name} {layout_text(role)}"
                       for name, role in own.roles.items())
     return ConfigError(f"stages.{stage.name}", f"{roles}; {question.world} GPUs", rule, fix)
@@ -172,6 +176,9 @@ def notes_on(recipe: Recipe, stage: TrainStage, found: Sequence[Candidate], long
         notes.append(f"memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = "
                      f"{recipe.data.max_length} tokens would take {longest.memory.total / GIB:.1f} GiB, which does not "
                      "fit")
+    if stage.optimizer.offload:
+        notes.append("the optimizer's states travel to the host's memory and back each step (`offload`): the time of "
+                     "that is not counted")
     if stage.online is not None:
         notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
     answers = [other.name for other in recipe.stages if stage.trains in answering_roles(other) and other != stage]

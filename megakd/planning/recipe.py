@@ -73,6 +73,7 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
         signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
         answering=answering_roles(stage), precision=recipe.precision, overlap=stage.optimizer.overlap is not False,
+        offload=stage.optimizer.offload,
     )
 
 

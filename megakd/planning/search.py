@@ -74,7 +74,8 @@ class Question:
     precision: Precision = Precision()
     """Says whose weights are held in FP8."""
     overlap: bool = True
-    """See `TrainingSetup`."""
+    offload: bool = False
+    """Both as in `TrainingSetup`."""
 
     def setup(self, trained: RoleSetup, teachers: Mapping[str, RoleSetup],
               stored: Mapping[str, str]) -> TrainingSetup:
@@ -92,7 +93,7 @@ class Question:
                                {role: setup.micro_batch for role, setup in roles.items()}, kinds)
         heads = {role: self.teachers[role] for role, signal in stored.items() if signal == "hidden_states"}
         return TrainingSetup(trained, dict(teachers), losses_with(self.losses, stored), work, self.chunk_tokens,
-                             self.dtype, self.device, heads, self.overlap)
+                             self.dtype, self.device, heads, self.overlap, self.offload)
 
     def signal_bytes(self, role: str) -> float:
         """Bytes in a step's files of one role's signals."""

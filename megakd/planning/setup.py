@@ -81,6 +81,8 @@ class TrainingSetup:
     overlap: bool = True
     """Gradients travel beside the backward pass, as far as the cluster's description says that they can. New
     parameters are counted as if nothing hid them. Buffers are the same with and without."""
+    offload: bool = False
+    """The optimizer's states are on the device during its step alone."""
 
     @property
     def heads(self) -> dict[str, Architecture]:

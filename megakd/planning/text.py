@@ -86,6 +86,9 @@ def _own(plan: TrainingPlan) -> list[str]:
              _line("memory", f"{_gib(memory.total)} of {_gib(room(own.cluster))} GiB on pipeline rank "
                              f"{own.pipeline_rank} ({_gib(plan.longest)} if all sequences had data.max_length), "
                              f"most in {memory.fullest!r}: {_shares(memory.parts, memory.total, _gib)}"),
+             *([_line("host memory", f"{_gib(memory.host)} GiB a GPU for the optimizer's states between steps; up to "
+                                     "twice that is taken, as pinned memory comes in powers of two")]
+               if memory.host else []),
              _line("FLOPs", f"{sum(own.flops.values()):.3g} a step: "
                             f"{_shares(_named(own.flops, plan.question.trains), sum(own.flops.values()), None)}")]
     for link, name in (("node", "in the node"), ("network", "network")):

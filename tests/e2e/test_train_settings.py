@@ -74,3 +74,12 @@ def test_a_student_is_compared_with_the_reference_that_its_stage_names(recipe):
     assert abs(steps(recipe.parent / "run")[0]["loss"] - math.log(2)) > 1e-3
     manifest = Manifest.read(own / "stages" / "train")
     assert manifest.inputs["reference"] == hash_path(start)
+
+
+def test_offloaded_states_make_the_same_model_and_no_other_stage(recipe):
+    """Bit for bit; and a finished stage stays finished when the setting changes."""
+    folder = run(recipe, "stages.train.optimizer.offload=true")
+    assert all(torch.equal(values, weights(folder)[name]) for name, values in weights(recipe.parent / "run").items())
+    before = (folder / "models" / "student" / "model.safetensors").stat().st_mtime_ns
+    run_ranks(1, run_here, recipe, f"output={folder}")
+    assert (folder / "models" / "student" / "model.safetensors").stat().st_mtime_ns == before

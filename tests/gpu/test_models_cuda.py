@@ -33,6 +33,7 @@ from tests import loss_cases
 from tests.gpu.devices import DEVICES, NO_SECOND_RANK, lacking, on_cuda
 from tests.mcore.cases import FP32, Box, Distillation, Job, assemble, build, curve, first_gradients, world
 from tests.mcore.planning_cases import setup_of
+from tests.mcore.test_training import beside_plain, check_offloaded
 from tests.mcore.tiny import make_groups, make_llama
 from tests.ranks import run_ranks
 from tests.recipes import tiny_recipe
@@ -172,6 +173,18 @@ def test_a_training_goes_as_in_float32(directories, losses_in_float32, device, n
     assert losses == pytest.approx(losses_in_float32, rel=0.02 if name == "bf16" else 0.03)
 
 
+@pytest.mark.parametrize("device, name", [
+    on_cuda("fp32"), on_cuda("bf16"), on_cuda("tensorwise, all weights", unless=lacking("tensorwise"))])
+def test_states_in_the_hosts_memory_change_no_bit(directories, device, name):
+    # On the CPU: tests/mcore/test_training.py.
+    case = distillation(directories, PRECISIONS.get(name, FP32), steps=3)
+    [found] = run_ranks(1, beside_plain, case, device=device)
+    check_offloaded(found, 2 if name == "fp32" else 3)
+    away, at_hand = found["allocated"]
+    print(f"{device} {name}: MiB allocated with the states {at_hand / 2**20:.1f}, without {away / 2**20:.1f}")
+    assert at_hand - away == pytest.approx(found["at hand"], rel=0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(lacking("tensorwise") != "" or lacking("mxfp8") == "", reason="no GPU that has FP8 but not MXFP8")
 def test_a_recipe_that_the_card_lacks_is_refused(tmp_path):
@@ -207,16 +220,18 @@ def _peak(case: Distillation) -> float:
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("device, precision", [
-    on_cuda(BF16), on_cuda(Precision(dtype="fp8"), unless=lacking("tensorwise"))])
-def test_memory_is_within_the_plan(tmp_path, device, precision):
+@pytest.mark.parametrize("device, precision, offload", [
+    on_cuda(BF16, False), on_cuda(BF16, True), on_cuda(Precision(dtype="fp8"), False, unless=lacking("tensorwise"))])
+def test_memory_is_within_the_plan(tmp_path, device, precision, offload):
     write_random_model(tmp_path / "student", llama(2048, 8, 16, 8, 5632, 32000, tied=True), 0, torch.bfloat16)
     sample = Sample(tuple(3 + place % 300 for place in range(2048)), 700, Kind.CHOSEN)
     case = Distillation({"student": str(tmp_path / "student")}, {"student": WHOLE}, {"student": 4}, SftObjective(),
-                        (Group("row:0", (sample,)),) * 8, 8, steps=2, precision=precision, chunk_tokens=256)
+                        (Group("row:0", (sample,)),) * 8, 8, steps=2, precision=precision, offload=offload,
+                        chunk_tokens=256)
     peak = run_ranks(1, _peak, case, device=device)[0]
     memory = training_memory(setup_of(case, 1, device), 0)
-    print(f"{device} {precision}: MiB measured {peak / 2**20:.1f}, planned {memory.total / 2**20:.1f}, {memory.parts}")
+    print(f"{device} {precision}, offload {offload}: MiB measured {peak / 2**20:.1f}, "
+          f"planned {memory.total / 2**20:.1f}, {memory.parts}")
     assert peak == pytest.approx(memory.total, rel=0.05)
 
 

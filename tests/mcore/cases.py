@@ -78,6 +78,7 @@ class Distillation:
     eps: float = 1e-3
     clip: float = 1.0
     overlap: bool | None = None
+    offload: bool = False
     precision: Precision = FP32
     recompute: str = "none"
     """Of the student."""
@@ -102,7 +103,7 @@ class Job:
             kinds = self.objective.requires.teacher_kinds[role]
             self.teachers[role] = OnlineTeacher(model, case.micro_batches[role], kinds, head)
         settings = Optimizer(lr=case.learning_rate, warmup=case.warmup, weight_decay=case.weight_decay, eps=case.eps,
-                             clip=case.clip, overlap=case.overlap)
+                             clip=case.clip, overlap=case.overlap, offload=case.offload)
         self.trainer = make_trainer(self.student, settings, case.steps)
 
     def forward_backward(self, number: int) -> dict[str, float]:
@@ -147,19 +148,22 @@ class Job:
         """A state of a local parameter, put together from the slices of the data-parallel ranks."""
         full = torch.zeros(parameter.numel(), device=world().device)
         if (owned := self.trainer.slice_of(parameter)) is not None:
-            full[owned] = self.trainer.states_of(parameter)[state].detach()
+            with self.trainer.states_at_hand():
+                full[owned] = self.trainer.states_of(parameter)[state].detach()
         dist.all_reduce(full, group=self.student.grid.groups.dp_cp)
         return full.view(parameter.shape)
 
     def local_states(self) -> dict[str, torch.Tensor]:
-        """All that this rank keeps: parameters whole, states in its own slices."""
+        """All that this rank keeps, in float32: parameters whole, states in its own slices."""
         kept = {}
-        for chunk in range(len(self.student.chunks)):
-            for name, parameter in self.student.parameters_of(chunk).items():
-                kept[f"{chunk}.{name}"] = parameter.detach().to(CPU, copy=True)
-                if self.trainer.slice_of(parameter) is not None:
-                    for state, values in self.trainer.states_of(parameter).items():
-                        kept[f"{chunk}.{name}.{state}"] = values.detach().to(CPU, copy=True)
+        with self.trainer.states_at_hand():
+            for chunk in range(len(self.student.chunks)):
+                for name, parameter in self.student.parameters_of(chunk).items():
+                    # Of an FP8 parameter this is a plain tensor, which a CPU can compare.
+                    kept[f"{chunk}.{name}"] = parameter.detach().float().to(CPU, copy=True)
+                    if self.trainer.slice_of(parameter) is not None:
+                        for state, values in self.trainer.states_of(parameter).items():
+                            kept[f"{chunk}.{name}.{state}"] = values.detach().to(CPU, copy=True)
         return kept
 
 
@@ -183,6 +187,11 @@ def curve(case: Distillation) -> list[dict[str, float]]:
     """The metrics of each step of a training."""
     job = Job(case)
     return [job.step(number) for number in range(case.steps)]
+
+
+def memory_of(tensors: list[torch.Tensor]) -> int:
+    """Bytes behind tensors."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def assemble(results: Sequence[Sequence[Box]]) -> dict[str, torch.Tensor]:

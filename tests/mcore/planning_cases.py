@@ -92,7 +92,7 @@ def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSet
         {role: requires.teacher_kinds[role] for role in teachers},
     )
     return TrainingSetup(roles["student"], teachers, loss_calls(case.objective, requires), work, case.chunk_tokens,
-                         case.precision.dtype, device)
+                         case.precision.dtype, device, offload=case.offload)
 
 
 def measured_step(case: Distillation) -> dict:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,12 @@ def _resume(case: Distillation, folder: str) -> dict:
 # ------------------------------------------------------------------------------------------------------- same layout
 
 
-def _save_and_resume(case: Distillation, folder: str) -> tuple[dict[str, bool], tuple[float, ...]]:
+def _save_and_resume(case: Distillation, folder: str, offloads: str) -> tuple[dict[str, bool], tuple[float, ...]]:
     """An undisturbed training, one that saves, and one that goes on from there: what is the same on this rank, and the
-    random numbers drawn after the save."""
+    random numbers drawn after the save. The writer or the reader may keep its states in the host's memory."""
     undisturbed = Job(case)
     expected = [undisturbed.step(number) for number in range(case.steps)]
-    saving = Job(case)
+    saving = Job(replace(case, offload=offloads == "writer"))
     for number in range(SAVED):
         saving.step(number)
     torch.manual_seed(100 + world().rank)
@@ -95,7 +96,7 @@ def _save_and_resume(case: Distillation, folder: str) -> tuple[dict[str, bool], 
         saving.step(number)
 
     torch.manual_seed(0)
-    found = _resume(case, folder)
+    found = _resume(replace(case, offload=offloads == "reader"), folder)
     kept = undisturbed.local_states()
     return {
         "metrics": found["metrics"] == expected[SAVED:],
@@ -111,22 +112,24 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("ranks, parallel, precision", [
-    (1, Parallel(), "fp32"),
-    (1, Parallel(), "bf16"),
-    (1, Parallel(), "delayed"),
-    (2, Parallel(tensor=2, pad_heads=True, sequence=True), "delayed"),
-    (2, Parallel(tensor=2, pad_heads=True), "fp32"),
-    (2, Parallel(pipeline=2), "fp32"),
-    (2, Parallel(), "fp32"),
-    (2, Parallel(), "bf16"),
-    (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32"),
-    (4, Parallel(tensor=2, pad_heads=True, context=2), "bf16"),
-    (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32"),
-], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 bf16", "tp2 sp pp2", "tp2 cp2 bf16",
-        "pp2 vpp2 dp2"])
-def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, precision):
-    results = run_ranks(ranks, _save_and_resume, training(tied, parallel, precision), str(tmp_path))
+@pytest.mark.parametrize("ranks, parallel, precision, offloads", [
+    (1, Parallel(), "fp32", ""),
+    (1, Parallel(), "bf16", ""),
+    (1, Parallel(), "delayed", ""),
+    (2, Parallel(tensor=2, pad_heads=True, sequence=True), "delayed", ""),
+    (2, Parallel(tensor=2, pad_heads=True), "fp32", ""),
+    (2, Parallel(pipeline=2), "fp32", ""),
+    (2, Parallel(), "fp32", ""),
+    (2, Parallel(), "fp32", "reader"),
+    (2, Parallel(), "bf16", ""),
+    (2, Parallel(), "bf16", "writer"),
+    (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32", ""),
+    (4, Parallel(tensor=2, pad_heads=True, context=2), "bf16", "reader"),
+    (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32", "writer"),
+], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 offloaded", "dp2 bf16",
+        "dp2 offloaded bf16", "tp2 sp pp2", "tp2 cp2 offloaded bf16", "pp2 vpp2 dp2 offloaded"])
+def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, precision, offloads):
+    results = run_ranks(ranks, _save_and_resume, training(tied, parallel, precision), str(tmp_path), offloads)
     for rank, (same, _) in enumerate(results):
         assert all(same.values()), f"rank {rank}: {[name for name, equal in same.items() if not equal]}"
     assert len({draws for _, draws in results}) == ranks, "the ranks' generators do not differ: nothing is tested"

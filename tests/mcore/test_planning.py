@@ -31,6 +31,7 @@ CASES = {
     "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),
     "cp2 | dp2": (2, DpoObjective(), Parallel(context=2), Parallel(context=2), (4, 4), "none"),
     "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),
+    "dp2, offloaded": (2, SftObjective(), Parallel(), Parallel(), (1, 4), "full"),
     "pp2 vpp2 dp2": (4, SftObjective(), Parallel(pipeline=2, virtual_pipeline=2), Parallel(), (1, 2), "none"),
 }
 
@@ -54,7 +55,7 @@ def test_memory_and_traffic_are_those_of_real_ranks(directories, name):
     case = Distillation(
         directories, {"student": student, "teacher": teachers, "reference": teachers},
         {"student": student_micro, "teacher": teacher_micro, "reference": teacher_micro}, objective, (group,) * 8, 8,
-        TRIES + 2, recompute=recompute,
+        TRIES + 2, recompute=recompute, offload="offloaded" in name,
     )
     setup = setup_of(case, world)
     for rank, measured in enumerate(run_ranks(world, measured_step, case)):
@@ -64,6 +65,7 @@ def test_memory_and_traffic_are_those_of_real_ranks(directories, name):
               f"peak {memory.total / measured['peak']:.4f} of the measured")
         assert kept == pytest.approx(measured["kept"], rel=0.01)
         assert memory.total == pytest.approx(measured["peak"], rel=0.03)
+        assert (memory.fullest == "optimizer's step") == case.offload
         planned: Counter = Counter()
         for call in training_traffic(setup, rank):
             planned[call.operation, 2 if call.operation in ("send", "receive") else call.size] += round(call.bytes)

@@ -16,7 +16,7 @@ from tests.mcore import cases
 from tests.ranks import run_ranks
 
 LENGTHS = (5, 1, 9, 3, 14, 2, 7)
-LAYOUTS = [Parallel(), Parallel(tensor=2, pad_heads=True), Parallel(pipeline=2),
+LAYOUTS = [Parallel(), Parallel(tensor=2, pad_heads=True, sequence=True), Parallel(pipeline=2),
            Parallel(pipeline=2, virtual_pipeline=2), Parallel(tensor=2, pipeline=2, pad_heads=True)]
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=8, stop_ids=(), seed=3)
 SAMPLED = Sampling(temperature=1.1, top_k=60, top_p=0.9, n=2, max_new_tokens=8, stop_ids=tuple(range(0, 150, 12)),

@@ -15,7 +15,7 @@ from megakd.config import Parallel, Precision
 from megakd.config_objectives import AdpaObjective, SftObjective
 from megakd.mcore import optimizer
 from megakd.mcore.optimizer import STATES
-from tests.mcore.cases import Distillation, Job, assemble, build, curve, first_gradients
+from tests.mcore.cases import Distillation, Job, assemble, build, curve, first_gradients, memory_of
 from tests.mcore.test_gradients import KINDS, OBJECTIVES, check, naive_gradients
 from tests.mcore.tiny import make_groups, make_llama
 from tests.ranks import run_ranks
@@ -144,6 +144,65 @@ def test_overlapped_exchanges_change_no_bit(untied, ranks, parallel, micro_batch
             assert all(one[:2] == two[:2] and torch.equal(one[2], two[2])
                        for one, two in zip(states[state], boxes, strict=True)), state
     assert all(all(whole) for _, _, whole, _, _ in overlapped)
+
+
+def beside_plain(case: Distillation) -> dict:
+    """Two trainings step by step, one of them with its states on the host in between: what is the same, and memory.
+
+    Both step with the gradient of the first: attention kernels of a GPU may add up in another order each time.
+    """
+    plain, offloading = Job(case), Job(replace(case, offload=True))
+    offloaded = offloading.trainer.offloaded
+    states_of = offloading.trainer.states_of
+    found = {"metrics": [], "away": [memory_of(offloaded.states())], "norms": [], "states": []}
+    for job in (plain, offloading):
+        job.trainer.fill_masters(Path(case.directories["student"]))
+    for number in range(case.steps):
+        found["metrics"].append([job.forward_backward(number) for job in (plain, offloading)])
+        for chunk, other in zip(offloading.student.chunks, plain.student.chunks, strict=True):
+            for buffer, given in zip(chunk.buffers, other.buffers, strict=True):
+                buffer.grad_data.copy_(given.grad_data)
+        found["norms"].append([job.trainer.step() for job in (plain, offloading)])
+        found["away"].append(memory_of(offloaded.states()))
+        kept, right = offloading.local_states(), plain.local_states()
+        found["states"].append(kept.keys() == right.keys() and all(map(torch.equal, kept.values(), right.values())))
+    written, right = (job.trainer.whole_parameters() for job in (offloading, plain))
+    found["written"] = all(torch.equal(one[name], values) for one, two in zip(written, right, strict=True)
+                           for name, values in two.items())
+    gpu = offloaded.states()[0].is_cuda
+    found["allocated"] = [torch.cuda.memory_allocated() if gpu else 0]
+    with offloading.trainer.states_at_hand():
+        found["at hand"] = memory_of(offloaded.states())
+        found["allocated"].append(torch.cuda.memory_allocated() if gpu else 0)
+        found["numbers"] = sum(states_of(parameter)["param"].numel() for chunk in range(len(offloading.student.chunks))
+                               for parameter in offloading.student.parameters_of(chunk).values()
+                               if offloading.trainer.slice_of(parameter) is not None)
+    with pytest.raises(RuntimeError, match="inside of states_at_hand"):
+        states_of(next(iter(offloading.student.parameters_of(0).values())))
+    return found
+
+
+def check_offloaded(found: dict, states: int) -> None:
+    """Checks what `beside_plain` found but for the metrics: everything the same, and nothing kept of `states` float32
+    numbers for each of the rank's."""
+    assert all(one == two > 0 for one, two in found["norms"])
+    assert all(found["states"]) and found["written"]
+    assert set(found["away"]) == {0}
+    assert found["at hand"] == 4 * states * found["numbers"] > 0
+
+
+@pytest.mark.parametrize("ranks, parallel, precision, overlap, states", [
+    (2, Parallel(), "bf16", False, 3),
+    (2, Parallel(pipeline=2, virtual_pipeline=2), "bf16", True, 3),
+    (2, Parallel(), "fp32", True, 2),  # the masters are the parameters
+], ids=["dp2 bf16", "pp2 vpp2 bf16", "dp2"])
+def test_states_in_the_hosts_memory_change_no_bit(untied, ranks, parallel, precision, overlap, states):
+    case = Distillation(untied, {"student": parallel}, {"student": 2}, SftObjective(),
+                        tuple(make_groups(16, (Kind.CHOSEN,))), 8, steps=3, weight_decay=0.1, overlap=overlap,
+                        precision=Precision(dtype=precision))
+    for found in run_ranks(ranks, beside_plain, case):
+        check_offloaded(found, states)
+        assert all(one == two for one, two in found["metrics"])
 
 
 def _step_with_infinite_gradient(case: Distillation) -> tuple[str, bool]:

@@ -106,13 +106,6 @@ def test_a_world_that_does_not_divide(raw, tmp_path):
     assert refused(raw, tmp_path, ConfigError, world=3).startswith("student.parallel = 'tensor 2 x pipeline 1")
 
 
-def test_sequence_parallelism_of_a_model_that_answers(raw, tmp_path):
-    raw["student"]["parallel"]["sequence"] = True
-    message = refused(raw, tmp_path, ConfigError)
-    assert message.startswith("student.parallel.sequence = True: stage generate lets it answer, a token at a time")
-    check_recipe(parse(raw), WORLD, only=["dckd"])
-
-
 def test_a_model_of_an_unknown_family(raw, tmp_path):
     config = tmp_path / "student_start" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
@@ -530,10 +523,10 @@ def test_wandb_that_is_not_installed(raw, tmp_path, monkeypatch):
     assert message.startswith("wandb = True: the package wandb is not installed. Run `pip install wandb`")
 
 
-def test_how_replicas_exchange_is_no_part_of_a_stage_s_result(raw):
+def test_how_replicas_exchange_and_where_states_lie_is_no_part_of_a_stage_s_result(raw):
     def config(**settings: object) -> dict[str, Any]:
         stage(raw, "dckd")["optimizer"] = {"lr": 1e-3, **settings}
         recipe = parse(raw)
         return stage_config(recipe, next(each for each in recipe.stages if each.name == "dckd"))
 
-    assert config() == config(overlap=True) == config(overlap=False) != config(clip=2.0)
+    assert config() == config(overlap=True) == config(overlap=False) == config(offload=True) != config(clip=2.0)

@@ -245,6 +245,19 @@ def test_a_stage_that_does_not_fit_is_told_the_smallest_change(capsys):
     assert main(["plan", str(RECIPE), *arguments, fix, "--best", "0"]) == 0
 
 
+def test_states_in_the_hosts_memory_may_be_what_helps(capsys):
+    arguments = ("--cluster", "h100", "--nodes", "adpa=1", *GIVEN, "student.micro_batch=8")
+    line = refusal(capsys, *arguments)
+    # A rank's eighth of 8.03 billion parameters, 12 bytes each: 11.2 GiB.
+    assert re.search(r"Set student\.\S+ \(.+\), or stages\.adpa\.optimizer\.offload=true "
+                     r"\(66\.1 GiB, 11\.2 GiB of the host's memory a GPU\)$", line), line
+    text = plan(capsys, RECIPE, *arguments, "stages.adpa.optimizer.offload=true", "--best", "0", "--json", "plan.json")
+    assert "\n    memory       66.1 of 70.6 GiB" in text and "\n    host memory  11.2 GiB a GPU" in text
+    assert "note: the optimizer's states travel" in text
+    [adpa] = trainings(json.loads(Path("plan.json").read_text()))
+    assert adpa["own"]["memory"]["host"] == pytest.approx(12 * 8.03e9 / 8, rel=0.001)
+
+
 def test_where_no_layout_fits_more_nodes_are_asked_for(capsys, tmp_path):
     cluster = yaml.safe_load((DESCRIPTIONS / "h100.yaml").read_text())
     cluster["device"]["memory_gib"] = 16

@@ -309,6 +309,7 @@ def test_attention_keeps_all_keys_and_values_on_the_cpu_and_its_own_in_a_ring():
 def test_a_stage_of_a_recipe(tmp_path):
     raw = tiny_recipe(tmp_path)
     raw["student"]["recompute"] = "full"
+    stage(raw, "adpa")["optimizer"] = {"offload": True}
     recipe = parse(raw)
     made = {each.name: setup_of_stage(recipe, each, 2, Lengths(20, 10)) for each in recipe.stages
             if each.name in ("dckd", "adpa")}
@@ -322,6 +323,18 @@ def test_a_stage_of_a_recipe(tmp_path):
     assert made["dckd"].losses == (LossCall(2, 5, both, "forward"),)
     assert made["dckd"].work.tokens == stage(raw, "dckd")["global_batch"] * 2 * 30
     assert (made["dckd"].device, made["dckd"].dtype, made["dckd"].spec) == ("cpu", "fp32", "local")
+    assert made["adpa"].offload and not made["dckd"].offload
+
+
+def test_offloaded_states_are_on_a_gpu_during_their_step_alone(tmp_path):
+    recipe = parse(tiny_recipe(tmp_path))
+    stage_of_recipe = next(each for each in recipe.stages if each.name == "dckd")
+    setup = replace(setup_of_stage(recipe, stage_of_recipe, 2, Lengths(20, 10)), device="cuda", dtype="bf16")
+    usual, offloaded = training_memory(setup, 0), training_memory(replace(setup, offload=True), 0)
+    states = usual.kept["optimizer"]
+    assert offloaded.kept == {name: size for name, size in usual.kept.items() if name != "optimizer"}
+    assert offloaded.phases == usual.phases | {"optimizer's step": {"optimizer": states}}
+    assert (usual.host, offloaded.host) == (0, states)
 
 
 def test_only_the_trained_model_of_a_stage_has_context_ranks(tmp_path):
