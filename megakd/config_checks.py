@@ -58,18 +58,6 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
             _check_global_batch(recipe, stage, world)
 
 
-def answering_roles(stage: AnyStage) -> tuple[str, ...]:
-    """Roles in whose layouts models answer in a stage."""
-    match stage:
-        case GenerateStage():
-            return (stage.role,)
-        case EvalStage() | AnsweringStage():
-            return ("student",)
-        case TrainStage() if stage.online is not None:
-            return (stage.trains, "teacher") if stage.teacher_draws else (stage.trains,)
-    return ()
-
-
 def batch_multiple(parallel: Parallel, micro_batch: int, world: int) -> int:
     """Groups that a step of a role has to be a multiple of: whole micro-batches on each replica; and as many as there
     are stages, where the schedule is interleaved."""

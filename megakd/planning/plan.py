@@ -6,13 +6,13 @@ Needs the models' config.json; of data and tokenizer only where lengths are to b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megakd.check_precision import check_sizes
 from megakd.config import Recipe
-from megakd.config_checks import answering_roles, roles_of
+from megakd.config_checks import roles_of
 from megakd.config_stages import ScoreStage, TrainStage
 from megakd.errors import ConfigError
 from megakd.hf.pieces import check_layout
@@ -121,7 +121,7 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     found = tuple(search(question, cluster, Limits(best=best)) if best > 0 else ())
     longest = Candidate(cluster, setup_of_stage(recipe, stage, question.world, longest_of(recipe, mean)))
     return TrainingPlan(stage, nodes, question, own, longest.memory.total, found,
-                        notes_on(recipe, stage, found, longest))
+                        notes_on(recipe, stage, longest))
 
 
 def check_models(recipe: Recipe, stage: TrainStage) -> None:
@@ -140,9 +140,6 @@ def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Can
     rule = lack_of_room(own.cluster, own.memory, f"pipeline rank {own.pipeline_rank}, ")
     scored = {each.name: each.signal.kind for each in recipe.stages if isinstance(each, ScoreStage)}
     stored = {role: scored[name] for role, name in stage.signals.stages.items()}
-    # A role has one layout in all stages of a recipe.
-    answering = tuple(role for other in recipe.stages for role in answering_roles(other))
-    question = replace(question, answering=answering)
     change = smallest_change(question, own, stored, Limits())
     ways = []
     if change is not None:
@@ -168,9 +165,8 @@ def _other_ways(question: Question, own: Candidate) -> str:
         ", with the teachers scored beforehand" if quickest.scoring else "")
 
 
-def notes_on(recipe: Recipe, stage: TrainStage, found: Sequence[Candidate], longest: Candidate) -> tuple[str, ...]:
-    """What a reader of a plan has to know besides: of the layouts found, and of the recipe's own with the longest
-    sequences."""
+def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides; `longest` is the recipe's layout with the longest sequences."""
     notes = []
     if not longest.fits:
         notes.append(f"memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = "
@@ -181,9 +177,5 @@ def notes_on(recipe: Recipe, stage: TrainStage, found: Sequence[Candidate], long
                      "that is not counted")
     if stage.online is not None:
         notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
-    answers = [other.name for other in recipe.stages if stage.trains in answering_roles(other) and other != stage]
-    if answers and any(each.setup.trained.parallel.sequence for each in found):
-        notes.append(f"{stage.trains}.parallel.sequence=true is for this stage by itself (--stage {stage.name}): in "
-                     f"{', '.join(answers)} the {stage.trains} answers")
     return tuple(notes)
 

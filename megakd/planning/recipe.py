@@ -8,7 +8,6 @@ from megakd.batch import Kind, Padding, Step
 from megakd.check import architecture_of
 from megakd.check_precision import rows_multiple
 from megakd.config import Recipe
-from megakd.config_checks import answering_roles
 from megakd.config_objectives import (
     AdpaObjective,
     DckdObjective,
@@ -72,8 +71,7 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         losses=loss_calls(objective, requires), lengths=lengths, global_batch=stage.global_batch, world=world,
         chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
         signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
-        answering=answering_roles(stage), precision=recipe.precision, overlap=stage.optimizer.overlap is not False,
-        offload=stage.optimizer.offload,
+        precision=recipe.precision, overlap=stage.optimizer.overlap is not False, offload=stage.optimizer.offload,
     )
 
 

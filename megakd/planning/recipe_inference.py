@@ -7,7 +7,7 @@ benchmarks or call lm-eval.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megakd.batch import Kind
 from megakd.check import architecture_of
@@ -53,10 +53,15 @@ def generation_of_stage(recipe: Recipe, stage: GenerateStage, world: int, prompt
     Raises:
         ModelError: the model's config.json is missing or not supported.
     """
-    role = role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world)
+    role = _answering(role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world))
     longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
     return Generation(role, stage.slots, prompts, stage.n, mean, longest, stage.temperature > 0, stage.top_k,
                       stage.top_p < 1, recipe.precision.dtype, recipe.device)
+
+
+def _answering(role: RoleSetup) -> RoleSetup:
+    """A model while it answers: a token cannot be cut along the sequence (`PipelineDecoder`)."""
+    return replace(role, parallel=role.parallel.model_copy(update={"sequence": False}))
 
 
 def _longest(recipe: Recipe, architecture: Architecture, prompt: int, answer: int) -> Lengths:
@@ -140,7 +145,7 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
     for label, model in stage.models.items():
         role = role_setup(recipe, "student", architecture_of(recipe, model), world)
         longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-        drawn = Generation(role, stage.slots, prompts, 1, mean, longest, sampling is not None,
+        drawn = Generation(_answering(role), stage.slots, prompts, 1, mean, longest, sampling is not None,
                            sampling.top_k if sampling else 0, sampling is not None and sampling.top_p < 1,
                            recipe.precision.dtype, recipe.device)
         models[label] = (drawn, _pass(recipe, stage, role, rows, mean, 2), _pass(recipe, stage, role, prompts, mean, 1))

@@ -69,8 +69,6 @@ class Question:
     """top_k: tokens at each position."""
     trains: str = "student"
     """The role whose settings the trained model has."""
-    answering: tuple[str, ...] = ()
-    """Roles that also answer in this stage, which rules out sequence parallelism."""
     precision: Precision = Precision()
     """Says whose weights are held in FP8."""
     overlap: bool = True
@@ -246,7 +244,7 @@ def layouts(question: Question, cluster: Cluster, limits: Limits, name: str) -> 
             padded = padded_kv_heads(architecture.kv_heads, tensor) != architecture.kv_heads
             cut = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
                            sequence=sequence, pad_heads=padded)
-            if sequence and name in question.answering or not _is_taken(architecture, cut, question.precision):
+            if not _is_taken(architecture, cut, question.precision):
                 continue
             rounds = batch_multiple(cut, 1, world)
             if question.global_batch % rounds != 0:
@@ -281,7 +279,7 @@ def teachers_options(question: Question, cluster: Cluster, limits: Limits,
     known: dict[tuple, list[Option]] = {}
     options = {}
     for role, architecture in question.teachers.items():
-        alike = (architecture, question.teacher_kinds[role], role in question.answering)
+        alike = (architecture, question.teacher_kinds[role])
         if alike not in known:
             known[alike] = _teacher_options(question, cluster, limits, role, first)
         options[role] = known[alike]

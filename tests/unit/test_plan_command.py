@@ -134,11 +134,8 @@ def stage_of(recipe, name):
 def test_a_plan_says_what_it_leaves_out(capsys):
     arguments = (RECIPE, "--cluster", "h100", "--nodes", "adpa=2", *GIVEN)
     text = plan(capsys, *arguments, "--best", "0")
-    assert "dckd (distill" not in text and "the best layouts" not in text and "note: student" not in text
+    assert "dckd (distill" not in text and "the best layouts" not in text
     assert "adpa (distill: adpa), 2 nodes = 16 GPUs\n" in text
-    text = plan(capsys, *arguments, "--best", "4")
-    assert "student.parallel.sequence=true" in text.partition("note: ")[0]
-    assert "note: student.parallel.sequence=true is for this stage by itself (--stage adpa): in generate, eval" in text
 
 
 def test_without_nodes_a_stage_gets_the_fewest_that_it_fits_on(capsys):
@@ -170,7 +167,6 @@ def test_a_training_by_tokens_and_one_that_draws_answers(tmp_path):
     plans = {each.stage.name: each for each in plan_recipe(recipe, cluster, None, Lengths(20, 10), 2)}
     assert plans["dckd"].steps == 5  # of 4 x 2 x 30 tokens
     assert plans["adpa"].question.signal is None and not any(each.scoring for each in plans["adpa"].best)
-    assert plans["adpa"].question.answering == ("student",)
     assert any("online" in note for note in plans["adpa"].notes)
     text = describe(recipe, cluster, list(plans.values()), given_lengths=True, given_nodes=False)
     assert "dpo (dpo: dpo), 1 node = 2 GPUs" in text and "    teacher      TP1 x PP2 x DP1, micro-batch 2" in text
@@ -241,7 +237,7 @@ def test_a_stage_that_does_not_fit_is_told_the_smallest_change(capsys):
     assert re.search(r" GiB of a GPU \(pipeline rank 0, '[\w ']+'\) and has 70\.6 "
                      r"\(79\.1 less 5 reserved, 5 % kept free\); most of it is 'activations', ", line), line
     fix = line.partition(". Set ")[2].split(" (")[0]
-    assert fix.startswith("student.") and " " not in fix and "sequence" not in fix  # the student answers in `generate`
+    assert fix.startswith("student.") and " " not in fix
     assert main(["plan", str(RECIPE), *arguments, fix, "--best", "0"]) == 0
 
 

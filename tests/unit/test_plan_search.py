@@ -153,13 +153,6 @@ def test_log_probabilities_on_disk_leave_the_loss_with_the_student_alone():
     assert found.scoring["reference"].file_bytes == 8 * 2 * 40 * 4
 
 
-def test_roles_that_answer_are_not_cut_along_the_sequence():
-    cluster = small_cluster()
-    cuts = [each.parallel.sequence for each in layouts(question(answering=("student",)), cluster, Limits(), "student")]
-    assert cuts and not any(cuts)
-    assert any(each.parallel.sequence for each in layouts(question(), cluster, Limits(), "student"))
-
-
 def test_tensor_groups_stay_in_a_node_and_context_is_what_the_engine_takes():
     found = list(layouts(question(world=16, global_batch=16), small_cluster(), Limits(), "teacher"))
     assert {each.parallel.tensor for each in found} == {1, 2, 4}

@@ -168,6 +168,13 @@ def test_stages_of_a_recipe(tmp_path):
     # Two ranks are one replica; data.max_length 96 leaves the longest prompt 56 tokens.
     assert (made.answers, made.slots, made.rows, made.longest, made.sampled, made.top_k) == (
         20, 8, 8, Lengths(40, 56), True, 7)
+    # While a model answers, no token is cut along the sequence, and context ranks are replicas.
+    cut = made.role.parallel.model_copy(update={"sequence": True, "context": 2})
+    wide = recipe.model_copy(update={"student": recipe.student.model_copy(update={"parallel": cut})})
+    answering = generation_of_stage(wide, stages["generate"], 4, 10, Lengths(20, 30), 40)
+    assert (answering.role.parallel, answering.answers) == (made.role.parallel, 10)
+    drawn, held, _ = evaluation_of_stage(wide, stages["eval"], 4, 4, Lengths(20, 8), 40).models["start"]
+    assert (drawn.role.parallel, held.role.parallel) == (made.role.parallel, cut.forward)
     for name, (_, row_bytes) in signals.items():
         scored = scoring_of_stage(recipe, stages[name], 2, 10, Lengths(20, 30))
         # Of each row one chosen answer and two rollouts; four micro-batches for each of two pipeline stages.
