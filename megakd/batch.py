@@ -209,6 +209,15 @@ class Padding:
     """P is a multiple of it (sequence parallelism needs the tensor size, FP8 its own blocks)."""
     uniform: bool = False
     """Whether all micro-batches of a replica's step have one P (the interleaved schedule needs it)."""
+    few: bool = False
+    """Whether P shall take few values, as each costs something (a CUDA graph): up to 16 multiples any, from there to 32
+    every second, to 64 every fourth, and so on. A row is then filled up by an eighth of it at most."""
+
+    def length(self, tokens: int) -> int:
+        """The least P that holds so many tokens."""
+        multiples = max(1, -(-tokens // self.multiple))
+        step = 1 << max(0, (multiples - 1).bit_length() - 4) if self.few else 1
+        return -(-multiples // step) * step * self.multiple
 
 
 def collate(
@@ -336,7 +345,9 @@ class Step:
                 [sample_ids[number] for number in numbers],
                 pad_id=pad_id,
                 multiple=padding.multiple,
-                at_least=longest if padding.uniform else 1,
+                at_least=padding.length(
+                    longest if padding.uniform else sum(groups[number].total_length for number in numbers)
+                ),
                 device=device,
             )
             for numbers in micro_batches

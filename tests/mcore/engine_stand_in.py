@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from unittest import mock
 
@@ -144,6 +144,14 @@ class _RMSNorm(nn.Module):
         return _rms_norm(inp, self.weight, self.eps)
 
 
+class _FusedAttention(nn.Module):
+    """pytorch/attention/dot_product_attention/backends.py:1673-1684: enters this around its kernel (line 1915)."""
+
+    def __init__(self, attention_dropout_ctx: object):
+        super().__init__()
+        self.attention_dropout_ctx = attention_dropout_ctx
+
+
 class _DotProductAttention(_Module):
     """pytorch/attention/dot_product_attention/dot_product_attention.py; no parameter where softmax_type is vanilla
     (line 425)."""
@@ -153,6 +161,9 @@ class _DotProductAttention(_Module):
                  tp_group: object, layer_number: int, attention_type: str, softmax_scale: float | None):
         super().__init__()
         assert attn_mask_type == "causal" and attention_dropout == 0.0 and softmax_scale is None
+        # Lines 382-388, 440-462
+        tracked = not sequence_parallel and get_rng_state_tracker is not None
+        self.fused_attention = _FusedAttention(get_rng_state_tracker().fork if tracked else nullcontext)
         self.heads, self.groups, self.width = num_attention_heads // tp_size, num_gqa_groups // tp_size, kv_channels
 
     def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: None, *,
@@ -163,7 +174,8 @@ class _DotProductAttention(_Module):
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
         assert query_layer.shape[1:] == (self.heads, self.width)
         assert key_layer.shape[1:] == value_layer.shape[1:] == (self.groups, self.width)
-        lengths = cu_seqlens_q.diff().tolist()
+        with self.fused_attention.attention_dropout_ctx():
+            lengths = cu_seqlens_q.diff().tolist()
         assert max(lengths) <= max_seqlen_q == max_seqlen_kv and sum(lengths) == len(query_layer)
         return torch.cat([
             nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
