@@ -79,7 +79,8 @@ def check_graphs(recipe: Recipe) -> None:
                               "Leave it out, or write device: cuda")
         if precision.emulate:
             raise ConfigError(field, True, "emulated FP8 runs the local layers, whose attention asks the host for "
-                              "every sequence's length, which nothing recorded can", "Leave it out, or precision.emulate")
+                              "every sequence's length, which nothing recorded can",
+                              "Leave it out, or precision.emulate")
         if precision.dtype == "fp32":
             raise ConfigError(field, True, "in fp32 Transformer Engine's attention makes its mask on the host, which "
                               "nothing recorded can", "Leave it out, or write precision: bf16 or fp8")
