@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megakd.batch import Batch, Group, Kind, Sample, collate
 from megakd.config import Parallel
 from megakd.mcore.graphs import replay_forward
 from megakd.mcore.model import Model, freeze
 from megakd.mcore.step import forward_hidden
-from tests.mcore.cases import build
+from tests.mcore.cases import KeptCalls, build
 from tests.mcore.engine_stand_in import transformer_engine
 from tests.mcore.tiny import VOCABULARY, make_llama
 from tests.ranks import run_ranks
 
 GRAPH_TOKENS = 8
-
-
-@dataclass
-class KeptCalls:
-    """Records a call by keeping it; its first run, like a capture, may read and set no generator."""
-
-    recorded: int = 0
-    replayed: list[int] = field(default_factory=list)
-    """The number of the recording, for each time that one was run again."""
-
-    def record(self, call: Callable[[], None]) -> Callable[[], None]:
-        number, tracker = self.recorded, get_cuda_rng_tracker()
-        self.recorded += 1
-        states, tracker.states_ = tracker.states_, {}  # whoever forks asks for a state here
-        try:
-            call()
-        finally:
-            tracker.states_ = states
-
-        def replay() -> None:
-            self.replayed.append(number)
-            call()
-
-        return replay
 
 
 def micro_batch(lengths: Sequence[int], seed: int, multiple: int) -> Batch:
