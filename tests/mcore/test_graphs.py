@@ -8,17 +8,21 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from megakd.batch import Batch, Group, Kind, Sample, collate
-from megakd.config import Parallel
+from megakd.batch import Batch, Group, Kind, Sample, Step, collate
+from megakd.config import Parallel, parse
+from megakd.mcore import runtime
 from megakd.mcore.graphs import replay_forward
 from megakd.mcore.model import Model, freeze
 from megakd.mcore.step import forward_hidden
-from tests.mcore.cases import KeptCalls, build
+from megakd.run import Run
+from tests.mcore.cases import KeptCalls, build, world
 from tests.mcore.engine_stand_in import transformer_engine
-from tests.mcore.tiny import VOCABULARY, make_llama
+from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
 from tests.ranks import run_ranks
+from tests.recipes import tiny_recipe
 
 GRAPH_TOKENS = 8
+KINDS = (Kind.CHOSEN, Kind.REJECTED)
 
 
 def micro_batch(lengths: Sequence[int], seed: int, multiple: int) -> Batch:
@@ -87,3 +91,33 @@ def test_recorded_passes_give_the_same_hidden_states(directory, parallel, spec):
             assert len(graphed) > 0 and graphed.abs().max() > 0.1
             assert torch.equal(graphed, same)
             torch.testing.assert_close(graphed, own, rtol=1e-5, atol=1e-5)
+
+
+def _teachers(raw: dict, model: str) -> dict[str, object]:
+    """What a run that asks for the teacher's graphs makes of a model, and that teacher's signals with and without."""
+    run = Run(parse(raw), world())
+    run._recorder = KeptCalls()  # in place of CUDA's, which it would make here
+    student = run.grid("student")
+    runtime.seed(1, student)
+    teacher = run.load_teacher("teacher", model, KINDS, student)
+    step, signals = Step(tuple(make_groups(8, KINDS))), {}
+    with_graphs = teacher.model.graphs is not None
+    for kind in ("recorded", "launched"):
+        signals[kind] = [each.hidden_TH for each in teacher.signals(step, student, 2, pad_id=0) or ()]
+        teacher.model.graphs = None
+    others = (("teacher", "training"), ("teacher", "copy"), ("reference", "forward"))
+    return {"graphs": with_graphs, "rows": teacher.model.rows, "replayed": len(run._recorder.replayed), **signals,
+            "others": [run.load_model(role, model, use).graphs for role, use in others]}
+
+
+def test_a_run_records_the_passes_of_the_role_that_asks_for_it(tmp_path):
+    raw = tiny_recipe(tmp_path) | {"device": "cuda", "precision": "bf16"}
+    raw["teacher"] |= {"cuda_graphs": True, "graph_tokens": 24}
+    ranks = run_ranks(2, _teachers, raw, raw["reference"]["model"])
+    for found in ranks:
+        assert found["graphs"] and found["others"] == [None] * 3
+        assert (found["rows"], found["replayed"]) == (24, 4)
+        assert len(found["recorded"]) == 4  # tensor 2 has one last stage on both ranks
+        for recorded, launched in zip(found["recorded"], found["launched"], strict=True):
+            # Rows that are filled up make other blocks of products: bf16's rounding.
+            assert (recorded - launched).norm() / launched.norm() < 0.01
