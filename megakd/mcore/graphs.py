@@ -215,7 +215,7 @@ def _no_random_states(chunk: HiddenGPT) -> Iterator[None]:
     kept = [module.attention_dropout_ctx for module in keepers]
     for module in keepers:
         module.attention_dropout_ctx = nullcontext
-    tracker.fork = lambda *_: nullcontext()
+    tracker.fork = lambda *_, **__: nullcontext()
     try:
         yield
     finally:
