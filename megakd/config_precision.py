@@ -65,10 +65,10 @@ def check_graphs(recipe: Recipe) -> None:
     precision = recipe.precision
     for name in ("student", "teacher", "reference"):
         role = recipe.role(name)
-        field, size = f"{name}.cuda_graphs", "graph_tokens"
+        field = f"{name}.cuda_graphs"
         if not role.cuda_graphs:
-            if getattr(role, size) != type(role).model_fields[size].default:
-                raise ConfigError(f"{name}.{size}", role.graph_tokens, f"says how rows are filled up for {field}, "
+            if role.graph_tokens != type(role).model_fields["graph_tokens"].default:
+                raise ConfigError(f"{name}.graph_tokens", role.graph_tokens, f"says how rows are filled up for {field}, "
                                   "which is false", f"Leave it out, or write {field}=true")
             continue
         if name == "student":
