@@ -68,8 +68,9 @@ def check_graphs(recipe: Recipe) -> None:
         field = f"{name}.cuda_graphs"
         if not role.cuda_graphs:
             if role.graph_tokens != type(role).model_fields["graph_tokens"].default:
-                raise ConfigError(f"{name}.graph_tokens", role.graph_tokens, f"says how rows are filled up for {field}, "
-                                  "which is false", f"Leave it out, or write {field}=true")
+                rule = f"says how rows are filled up for {field}, which is false"
+                raise ConfigError(f"{name}.graph_tokens", role.graph_tokens, rule,
+                                  f"Leave it out, or write {field}=true")
             continue
         if name == "student":
             raise ConfigError(field, True, "the student is trained; graphs are for models that only run forward",
