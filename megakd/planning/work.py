@@ -144,7 +144,7 @@ def _replica_work(groups: Sequence[Group], micros: Sequence[Sequence[int]], kind
     totals = [sum(len(sample.tokens) for sample in own) for own in samples]
     batches = []
     for own, total in zip(samples, totals, strict=True):
-        width = -(-max(max(totals) if padding.uniform else 1, total) // padding.multiple) * padding.multiple
+        width = padding.width([max(totals) if padding.uniform else total])
         rows = {kind: sum(sample.response_length for sample in own if sample.kind == kind) for kind in kinds}
         batches.append(MicroBatch(width, _pairs([*(len(sample.tokens) for sample in own), width - total]), rows))
     return RoleWork(tuple(batches))
