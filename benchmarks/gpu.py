@@ -110,8 +110,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = "" if options.quickstart_models or options.small else "--quickstart-models is not given"
     found = [
         Part("te_smoke", 120, smoke or no_gpu), Part("environment", 75), Part("models", 90), Part("training:bf16", 90),
-        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("fused_losses", 90), Part("loss_kernels", 120),
-        Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models),
+        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("fused_losses", 90),
+        Part("loss_kernels", 120), Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models),
     ]
     if options.only:
         found = [part if part.name in options.only else Part(part.name, 0, "not among --only") for part in found]
@@ -202,6 +202,11 @@ def figures(parts: dict[str, Any]) -> Iterator[Figure]:
     for name in there:
         if name.startswith("training:"):
             yield from _training(name, there[name], there)
+    for row in there["teacher_graphs"]["passes"] if "teacher_graphs" in there else ():
+        what, ratio = f"{row['precision']}, {row['rows']} rows", row["recorded_ms"] / row["launched_ms"]
+        yield "teacher_graphs", f"{what}: launched", row["launched_ms"], "ms", "", None
+        yield "teacher_graphs", f"{what}: recorded over launched", ratio, "x", "<= 1", ratio <= 1
+        yield "teacher_graphs", f"{what}: held by all recordings so far", row["held_bytes"] / 2**30, "GiB", "", None
     if "loss_kernels" in there:
         for row in there["loss_kernels"]["kernels"]:
             share = row["share_of_copy"]

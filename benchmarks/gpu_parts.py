@@ -22,14 +22,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import seconds_of, timed_steps
-from megakd.batch import Group, Kind, Sample
+from benchmarks.measure import interleaved_seconds, seconds_of, timed_steps
+from megakd.batch import Batch, Group, Kind, Sample, Step
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import DckdObjective, Objective, SftObjective
 from megakd.disk import write_json_atomic
@@ -37,6 +38,7 @@ from megakd.hf.families import Architecture
 from megakd.hf.random_model import write_random_model
 
 if TYPE_CHECKING:
+    from megakd.mcore.model import Model
     from megakd.mcore.runtime import World
     from megakd.planning.setup import TrainingSetup
     from tests.mcore.cases import Distillation
@@ -74,6 +76,10 @@ class Shapes:
     copied_bytes: int
     rows: int
     """Of the matrix products that are timed: a micro-batch's tokens."""
+    graph_sequence: int
+    """Tokens of a sequence in forward passes that are recorded."""
+    graph_sequences: tuple[int, ...]
+    """How many of them each pass has."""
 
 
 FULL = Shapes(
@@ -82,12 +88,13 @@ FULL = Shapes(
     cut=llama(1024, 4, 16, 4, 2816, 32000, tied=True),
     prompt=512, answer=1536, micro_batch=2, global_batch=4, chunk_tokens=2048, warm_up=3, steps=12, loss_tokens=8192,
     loss_hidden=4096, loss_vocabulary=128256, kernel_rows=4096, kernel_repeats=15, copied_bytes=1 << 32, rows=8192,
+    graph_sequence=256, graph_sequences=(1, 4, 32),
 )
 SMALL = Shapes(
     student=llama(64, 2, 4, 2, 96, 320, tied=True), teacher=llama(96, 2, 4, 4, 128, 320, tied=False),
     cut=llama(64, 2, 4, 2, 96, 320, tied=True), prompt=6, answer=10, micro_batch=1, global_batch=2, chunk_tokens=16,
     warm_up=1, steps=2, loss_tokens=48, loss_hidden=16, loss_vocabulary=96, kernel_rows=2, kernel_repeats=1,
-    copied_bytes=1 << 16, rows=32,
+    copied_bytes=1 << 16, rows=32, graph_sequence=8, graph_sequences=(1, 3),
 )
 
 
@@ -346,6 +353,48 @@ def longest_kernels(step: Callable[[], Any], device: torch.device, count: int = 
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- graphs
+def teacher_graphs(options: Options) -> None:
+    """Forward passes of the teacher alone, recorded as CUDA graphs and launched: milliseconds of both, what a recording
+    takes, and the memory that all of them hold."""
+    from megakd.mcore.graphs import CudaRecorder, replay_forward
+    from megakd.mcore.model import freeze
+    from megakd.mcore.step import forward_hidden
+    from tests.mcore.cases import KeptCalls, build
+
+    world, shapes, found = start_alone(options.device), options.shapes, {"passes": []}
+    gpu = world.device.type == "cuda"
+    for name in ("bf16", "tensorwise") if gpu else ("fp32",):
+        model = freeze(build(str(options.folder / "teacher"), Parallel(), precision_of(name, options.device),
+                             trained=False))
+        replay_forward(model, shapes.graph_sequence, CudaRecorder() if gpu else KeptCalls())
+        graphs, held = model.graphs, reserved(world.device)
+        sample = Sample((3,) * shapes.graph_sequence, 1, Kind.CHOSEN)
+        for sequences in shapes.graph_sequences:
+            step = Step((Group("row:0", (sample,) * sequences),))
+            batches = step.batches([[0]], pad_id=0, padding=model.padding, device=world.device)
+
+            def forward(how: object, of: Model = model, its: list[Batch] = batches) -> None:
+                of.graphs = how
+                forward_hidden(of, its)
+
+            recording = seconds_of(partial(forward, graphs), world.device).wall
+            seconds = interleaved_seconds({"recorded": partial(forward, graphs), "launched": partial(forward, None)},
+                                          shapes.steps, world.device)
+            medians = {f"{kind}_ms": 1e3 * statistics.median(each[1:]) for kind, each in seconds.items()}
+            found["passes"].append({"precision": name, "rows": len(batches[0].tokens_P), "recording_s": recording,
+                                    **medians, "held_bytes": reserved(world.device) - held})
+            options.write(found)
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that CUDA's allocator holds and cannot give back; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
 # ---------------------------------------------------------------------------------------------- two ranks on one GPU
 def tensor_parallel(options: Options) -> None:
     """The same training at tensor 1 and at tensor 2 with both ranks on one GPU: losses, and how far they are apart."""
@@ -459,7 +508,8 @@ def quickstart(options: Options) -> None:
 
 PARTS: dict[str, Callable[..., None]] = {
     "environment": environment, "models": models, "loss_kernels": loss_kernels, "fused_losses": fused_losses,
-    "training": training, "tensor_parallel": tensor_parallel, "quickstart": quickstart,
+    "training": training, "teacher_graphs": teacher_graphs, "tensor_parallel": tensor_parallel,
+    "quickstart": quickstart,
 }
 
 

@@ -217,6 +217,9 @@ class Padding:
     """P is a multiple of it (sequence parallelism needs the tensor size, FP8 its own blocks)."""
     uniform: bool = False
     """Whether all micro-batches of a replica's step have one P (the interleaved schedule needs it)."""
+    few: bool = False
+    """Whether P shall take few values, as each costs something (a CUDA graph): up to 16 multiples any, from there to 32
+    every second, to 64 every fourth, and so on. A row is then filled up by an eighth of it at most."""
     context: int = 1
     """Context-parallel ranks that each sequence is cut over."""
     context_rank: int = 0
@@ -230,7 +233,9 @@ class Padding:
     def width(self, lengths: Iterable[int], at_least: int = 1) -> int:
         """W of a row of sequences of these lengths (before filling), and no less than `at_least`."""
         multiple = math.lcm(self.multiple * self.context, self.filled(1))
-        return -(-max(at_least, sum(map(self.filled, lengths))) // multiple) * multiple
+        multiples = -(-max(at_least, sum(map(self.filled, lengths))) // multiple)
+        step = 1 << max(0, (multiples - 1).bit_length() - 4) if self.few else 1
+        return -(-multiples // step) * step * multiple
 
     def own(self, length: int) -> list[range]:
         """The positions of a sequence of `length` tokens, some of them perhaps filling, that this rank holds."""

@@ -48,6 +48,8 @@ def check_backend(recipe: Recipe, world: int) -> None:
                           "pip install the release of triton that this build of PyTorch names, or write device: cpu")
     if recipe.precision.dtype == "fp8" and not emulated:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+    if recipe.teacher.cuda_graphs or recipe.reference.cuda_graphs:
+        gpus.check_graph_memory(os.environ)
     gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
 
 

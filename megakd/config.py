@@ -61,6 +61,13 @@ class Role(Section):
     recompute: Literal["none", "mlp", "full"] = "none"
     """What the backward pass of a training makes again instead of keeping it: nothing, the inside of every MLP, or
     whole layers (only each layer's input is kept). Changes time and memory, not results."""
+    cuda_graphs: bool = False
+    """Records the forward pass of this role's models where they only run forward, once for each size of a packed row,
+    and replays it: for models whose kernels a GPU finishes faster than they are launched. What it takes:
+    docs/cluster.md. A stage that trains a model in this role's layout runs it without."""
+    graph_tokens: int = Field(256, ge=1)
+    """With `cuda_graphs`, what rows are filled up to a multiple of; beyond 16 multiples to fewer sizes, an eighth apart
+    at most. Smaller: less filling, more recordings."""
 
 
 class Precision(Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megakd.config_base import MODEL_OF_RUN
 from megakd.config_evaluation import AnsweringStage, EvalStage, LmEvalStage
-from megakd.config_precision import check_precision
+from megakd.config_precision import check_graphs, check_precision
 from megakd.config_signal_checks import check_names_stage, check_score_stage, check_signals
 from megakd.config_stages import AnyStage, ExportStage, GenerateStage, OnlineAnswers, ScoreStage, TrainStage
 from megakd.errors import ConfigError
@@ -121,6 +121,7 @@ def check_stages(recipe: Recipe) -> None:
             raise ConfigError(f"{role}.model", model, "no stage saves a model under this name",
                               f"Stages save: {', '.join(sorted(saved)) or 'none'}")
     check_precision(recipe)
+    check_graphs(recipe)
     for role in ("student", "teacher", "reference"):
         check_parallel(role, recipe.role(role).parallel)
 

@@ -1,4 +1,4 @@
-"""Which settings of a recipe's precision go together, and with what else they do."""
+"""Which settings of a recipe's precision go together, and with what else they do; and what CUDA graphs need."""
 
 from __future__ import annotations
 
@@ -58,3 +58,35 @@ def _check_delayed(recipe: Recipe) -> None:
         if recompute != "none":
             raise ConfigError(f"{stage.trains}.recompute", recompute, "an emulated pass that is made again would find "
                               "scales that delayed scaling has moved on", "Write none, or another fp8_recipe")
+
+
+def check_graphs(recipe: Recipe) -> None:
+    """Checks of `cuda_graphs` what holds without knowing the machine. Raises ConfigError."""
+    precision = recipe.precision
+    for name in ("student", "teacher", "reference"):
+        role = recipe.role(name)
+        field = f"{name}.cuda_graphs"
+        if not role.cuda_graphs:
+            if role.graph_tokens != type(role).model_fields["graph_tokens"].default:
+                rule = f"says how rows are filled up for {field}, which is false"
+                raise ConfigError(f"{name}.graph_tokens", role.graph_tokens, rule,
+                                  f"Leave it out, or write {field}=true")
+            continue
+        if name == "student":
+            raise ConfigError(field, True, "the student is trained; graphs are for models that only run forward",
+                              "Write teacher.cuda_graphs or reference.cuda_graphs, or leave it out")
+        if recipe.device != "cuda":
+            raise ConfigError(field, True, f"device is {recipe.device!r}, which has no CUDA graphs",
+                              "Leave it out, or write device: cuda")
+        if precision.emulate:
+            raise ConfigError(field, True, "emulated FP8 runs the local layers, whose attention asks the host for "
+                              "every sequence's length, which nothing recorded can",
+                              "Leave it out, or precision.emulate")
+        if precision.dtype == "fp32":
+            raise ConfigError(field, True, "in fp32 Transformer Engine's attention makes its mask on the host, which "
+                              "nothing recorded can", "Leave it out, or write precision: bf16 or fp8")
+        if role.parallel.virtual_pipeline > 1:
+            rule = (f"{name}.parallel.virtual_pipeline is {role.parallel.virtual_pipeline}: a recording waits for its "
+                    "GPU, on which an interleaved pipeline has sends under way")
+            raise ConfigError(field, True, rule,
+                              f"Leave it out, or write {name}.parallel.virtual_pipeline=1")

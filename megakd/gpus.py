@@ -49,6 +49,16 @@ def record_collectives(environment: MutableMapping[str, str], traces: Path | Non
     return traces
 
 
+def check_graph_memory(environment: Mapping[str, str]) -> None:
+    """Refuses CUDA graphs beside a setting of torch's allocator under which NCCL's recorded collectives may touch
+    memory that is no longer theirs (megatron-core's `CudaGraphManager` asks the same). Raises ConfigError."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = environment.get(name, "")
+        if "expandable_segments:True" in value and environment.get("NCCL_GRAPH_REGISTER") != "0":
+            raise ConfigError(name, value, "with expandable segments NCCL must not register the memory of CUDA graphs "
+                              "(cuda_graphs)", "Set NCCL_GRAPH_REGISTER=0, or leave expandable_segments out")
+
+
 def ranks_here(environment: Mapping[str, str], world: int) -> int:
     """Ranks on this node: as the launcher says, all `world` where none has started this process. srun's ranks know
     their own number alone, so it is at least that."""

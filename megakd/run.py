@@ -21,6 +21,7 @@ from megakd.hf.exporter import ExportTarget, export_model
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
 from megakd.layout import Layout
+from megakd.mcore.graphs import CudaRecorder, replay_forward
 from megakd.mcore.grid import Grid, make_grid
 from megakd.mcore.model import Model, build_model, freeze
 from megakd.mcore.runtime import World
@@ -53,6 +54,11 @@ class Run:
     def eval_rows(self) -> list[PreferenceRow]:
         """The held-out rows of this run."""
         return read_rows(self.recipe.data.eval, self.recipe.data.eval_rows, self.recipe.seed, self.recipe.data.answer)
+
+    @cached_property
+    def _recorder(self) -> CudaRecorder:
+        """One for all models that are replayed: they share the memory in which they run."""
+        return CudaRecorder()
 
     @property
     def is_root(self) -> bool:
@@ -87,10 +93,13 @@ class Run:
         trained = use == "training"
         if use == "copy":
             precision = precision.model_copy(update={"fp8_weights": "none"})
-        return build_model(
+        model = build_model(
             path, Architecture.read(path), self._parallel(role, trained), settings.recompute, precision,
             self.grid(role, trained=trained), self.world.device, trained=trained,
         )
+        if settings.cuda_graphs and use == "forward":
+            replay_forward(freeze(model), settings.graph_tokens, self._recorder)
+        return model
 
     def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:
         """The model `source` as a frozen teacher in the layout of `role`, with its head cut for the student's."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,9 @@ from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.objectives.base import LossContext
 from megakd.rollout.cache import KVCache
+
+if TYPE_CHECKING:
+    from megakd.mcore.graphs import GraphedForward
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 RECOMPUTE = {
@@ -86,6 +90,8 @@ class Model:
     """What the rows of a micro-batch are a multiple of."""
     amaxes: AmaxHistories | None
     """Of emulated delayed scaling."""
+    graphs: GraphedForward | None = None
+    """Replays its packed forward pass, where it only runs forward and its role asks for it (graphs.py)."""
 
     @property
     def head_VH(self) -> Tensor | None:
@@ -102,9 +108,11 @@ class Model:
     @property
     def padding(self) -> Padding:
         """What its packed rows are filled up to: the tensor ranks share a row evenly under sequence parallelism, FP8
-        multiplies whole blocks, and the interleaved schedule receives ahead of time, when it cannot ask for a
-        micro-batch's own size. And this rank's part of them under context parallelism."""
-        return Padding(self.rows, len(self.chunks) > 1, self.grid.layout.context, self.grid.at.context)
+        multiplies whole blocks, the interleaved schedule receives ahead of time, when it cannot ask for a micro-batch's
+        own size, and a CUDA graph is recorded for each length. And this rank's part of them under context
+        parallelism."""
+        return Padding(self.rows, uniform=len(self.chunks) > 1, few=self.graphs is not None,
+                       context=self.grid.layout.context, context_rank=self.grid.at.context)
 
     def loss_context(self, chunk_tokens: int, counts: Mapping[str, int]) -> LossContext:
         """What a loss over its hidden states needs to know besides them, of steps with these denominators."""

@@ -63,7 +63,7 @@ def forward_hidden(model: Model, batches: Sequence[Batch]) -> list[Tensor] | Non
         def collect(hidden_SBH: Tensor, non_loss_data: bool) -> Tensor:
             return select_positions(model, hidden_SBH, batch)
 
-        return run_packed(chunk, batch), collect
+        return run_packed(chunk, batch) if model.graphs is None else model.graphs(batch), collect
 
     with torch.no_grad():
         outputs = _run_schedule(model, forward_step, batches, forward_only=True, collect_non_loss_data=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from megakd.batch import Kind, Padding, Step
@@ -46,7 +47,7 @@ def setup_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
     work = work_of_step(
         step, {role: each.layout for role, each in roles.items()},
         {role: each.micro_batch for role, each in roles.items()},
-        {role: padding_of(recipe, each) for role, each in roles.items()}, question.teacher_kinds)
+        {role: padding_of(recipe, role, each) for role, each in roles.items()}, question.teacher_kinds)
     return replace(setup, work=work)
 
 
@@ -95,9 +96,12 @@ def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int
                      recipe.precision.holds_fp8_weights(trained=trained))
 
 
-def padding_of(recipe: Recipe, setup: RoleSetup) -> Padding:
-    """As `Model.padding`, without a model."""
-    return Padding(rows_multiple(recipe.precision, setup.parallel), uniform=setup.parallel.virtual_pipeline > 1)
+def padding_of(recipe: Recipe, role: str, setup: RoleSetup) -> Padding:
+    """As `Model.padding`, without a model; the trained one's role is "student", which has no graphs."""
+    rows, settings = rows_multiple(recipe.precision, setup.parallel), recipe.role(role)
+    if settings.cuda_graphs:
+        return Padding(math.lcm(rows, settings.graph_tokens), few=True)
+    return Padding(rows, uniform=setup.parallel.virtual_pipeline > 1)
 
 
 def loss_calls(objective: Objective, requires: Requires) -> tuple[LossCall, ...]:

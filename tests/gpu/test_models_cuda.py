@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_parts import llama
+from benchmarks.measure import seconds_of
 from megakd.batch import Group, Kind, Sample, Step
 from megakd.check import check_recipe
 from megakd.check_precision import LEAST_CAPABILITY
@@ -24,14 +25,15 @@ from megakd.config_objectives import DckdObjective, SftObjective
 from megakd.errors import ConfigError
 from megakd.hf.random_model import write_random_model
 from megakd.mcore import checkpoint
-from megakd.mcore.model import PipelineDecoder, evaluating
+from megakd.mcore.graphs import CudaRecorder, replay_forward
+from megakd.mcore.model import PipelineDecoder, evaluating, freeze
 from megakd.mcore.optimizer import STATES
 from megakd.mcore.step import forward_hidden
 from megakd.planning.memory import training_memory
 from megakd.rollout import Prompt, Sampling, generate
 from tests import loss_cases
 from tests.gpu.devices import DEVICES, NO_SECOND_RANK, lacking, on_cuda
-from tests.mcore.cases import FP32, Box, Distillation, Job, assemble, build, curve, first_gradients, world
+from tests.mcore.cases import FP32, Box, Distillation, Job, KeptCalls, assemble, build, curve, first_gradients, world
 from tests.mcore.planning_cases import setup_of
 from tests.mcore.test_training import beside_plain, check_offloaded
 from tests.mcore.tiny import make_groups, make_llama
@@ -148,6 +150,51 @@ def test_packed_sequences_are_those_alone(directories, device, dtype):
     assert len(packed) > 50
     print(f"{device} {dtype}: packed and alone {apart(packed, alone):.1e}")
     assert apart(packed, alone) < {"fp32": 1e-5, "bf16": 0.01}[dtype]
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+def _recorded(directory: str, precision: Precision, parallel: Parallel) -> dict[str, float]:
+    """How far recorded forward passes are from those that are launched, and the milliseconds of both; at last rows."""
+    device, found = world().device, {"apart": 0.0}
+    model = freeze(build(directory, parallel, precision, trained=False))
+    replay_forward(model, 64, CudaRecorder() if device.type == "cuda" else KeptCalls())
+    graphs = model.graphs
+    for seed in range(4):  # from the second on other numbers go through what the first have recorded
+        step = Step(tuple(make_groups(8, KINDS, seed=seed)))
+        batches = step.batches([[0, 1, 2, 3], [4, 5, 6, 7]], pad_id=0, padding=model.padding, device=device)
+        hidden = {}
+        for kind, forward in (("recorded", graphs), ("launched", None)):
+            model.graphs = forward
+            hidden[kind] = torch.cat(forward_hidden(model, batches))
+            found[f"{kind} ms"] = 1e3 * seconds_of(lambda its=batches: forward_hidden(model, its), device).wall
+        found["apart"] = max(found["apart"], apart(hidden["recorded"], hidden["launched"]))
+    return found | {"rows": len(batches[0].tokens_P)}
+
+
+RECORDED_APART = {"fp32": 0.0, "bf16": 0.01, "fp8": 0.03}
+"""On a GPU attention is planned for sequences of up to a power of two when it is recorded, for the longest when it is
+not; FP8 rounds what that changes anew."""
+
+
+@pytest.mark.parametrize("device, name", [
+    ("cpu", "fp32"), *(on_cuda(name, unless=lacking(PRECISIONS[name].fp8_recipe)) for name in (
+        "bf16", "tensorwise", "delayed", "blockwise", "tensorwise, teachers' weights"))])
+def test_recorded_passes_give_the_same_hidden_states(directories, device, name):
+    precision = PRECISIONS.get(name, FP32)
+    found = run_ranks(1, _recorded, directories["teacher"], precision, WHOLE, device=device)[0]
+    print(f"{device} {name}: {found}")
+    assert found["rows"] % 64 == 0 and found["apart"] <= RECORDED_APART[precision.dtype]
+
+
+@pytest.mark.parametrize("device, parallel", [
+    on_cuda(Parallel(tensor=2, sequence=cut), unless=NO_SECOND_RANK) for cut in (False, True)])
+def test_recorded_passes_at_tensor_2(directories, device, parallel):
+    # On the CPU: tests/mcore/test_graphs.py.
+    found = run_ranks(2, _recorded, directories["teacher"], BF16, parallel, device=device)[0]
+    print(f"{device} {parallel}: {found}")
+    assert found["apart"] <= RECORDED_APART["bf16"]
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megakd.batch import Group, Step
 from megakd.config import Parallel, Precision
@@ -56,6 +57,31 @@ def build(directory: str, parallel: Parallel, precision: Precision = FP32, recom
     grid_of_model = grid(parallel.tensor, parallel.pipeline, parallel.context)
     return build_model(path, architecture, parallel, recompute, precision, grid_of_model, world().device,
                        trained=trained)
+
+
+@dataclass
+class KeptCalls:
+    """A recorder of forward passes (mcore/graphs.py) on any device: it keeps the call. The first run of one may, like a
+    capture, read and set no generator."""
+
+    recorded: int = 0
+    replayed: list[int] = field(default_factory=list)
+    """The number of the recording, for each time that one was run again."""
+
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        number, tracker = self.recorded, get_cuda_rng_tracker()
+        self.recorded += 1
+        states, tracker.states_ = tracker.states_, {}  # whoever forks asks for a state here
+        try:
+            call()
+        finally:
+            tracker.states_ = states
+
+        def replay() -> None:
+            self.replayed.append(number)
+            call()
+
+        return replay
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from unittest import mock
 
@@ -145,6 +145,14 @@ class _RMSNorm(nn.Module):
         return _rms_norm(inp, self.weight, self.eps)
 
 
+class _FusedAttention(nn.Module):
+    """pytorch/attention/dot_product_attention/backends.py:1673-1684: enters this around its kernel (line 1915)."""
+
+    def __init__(self, attention_dropout_ctx: object):
+        super().__init__()
+        self.attention_dropout_ctx = attention_dropout_ctx
+
+
 class _DotProductAttention(_Module):
     """pytorch/attention/dot_product_attention/dot_product_attention.py; no parameter where softmax_type is vanilla
     (line 425)."""
@@ -159,6 +167,9 @@ class _DotProductAttention(_Module):
         assert cp_comm_type == "p2p" and (cp_stream is None) == (cp_group is None)
         assert cp_group is None or cp_global_ranks == dist.get_process_group_ranks(cp_group)
         self.cp_group = cp_group
+        # Lines 382-388, 440-462
+        tracked = not sequence_parallel and get_rng_state_tracker is not None
+        self.fused_attention = _FusedAttention(get_rng_state_tracker().fork if tracked else nullcontext)
         self.heads, self.groups, self.width = num_attention_heads // tp_size, num_gqa_groups // tp_size, kv_channels
 
     def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: None, *,
@@ -170,7 +181,8 @@ class _DotProductAttention(_Module):
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
         assert query_layer.shape[1:] == (self.heads, self.width)
         assert key_layer.shape[1:] == value_layer.shape[1:] == (self.groups, self.width)
-        lengths = cu_seqlens_q.diff().tolist()
+        with self.fused_attention.attention_dropout_ctx():
+            lengths = cu_seqlens_q.diff().tolist()
         assert max(lengths) <= max_seqlen_q == max_seqlen_kv
         if self.cp_group is not None:
             # context_parallel.py:4019-4021; the filling of a sequence is said to be part of it.

@@ -206,6 +206,25 @@ def test_every_sequence_of_a_step_lands_exactly_once(case, multiple, uniform):
 
 
 @QUICK
+@given(st.integers(0, 1 << 17), st.sampled_from([1, 24, 256]))
+def test_few_lengths_are_not_much_longer(tokens, multiple):
+    every, few = Padding(multiple), Padding(multiple, few=True)
+    assert every.width([tokens]) - multiple < max(1, tokens) <= every.width([tokens])
+    length = few.width([tokens])
+    assert length % multiple == 0 and every.width([tokens]) <= length < max(tokens, 1) * 9 / 8 + multiple
+    assert few.width([length]) == length
+
+
+def test_lengths_are_few():
+    assert len({Padding(256, few=True).width([tokens]) for tokens in range(1, 65537)}) == 16 + 4 * 8
+    step = Step(tuple(Group(f"f:{size}", (Sample((1,) * size, 1, Kind.CHOSEN),)) for size in (70, 71, 3)))
+    micro_batches = [[0], [1], [2]]
+    widths = [len(batch.tokens_P) for batch in step.batches(micro_batches, pad_id=0, padding=Padding(2, few=True),
+                                                            device="cpu")]
+    assert widths == [72, 72, 4]
+
+
+@QUICK
 @given(st.data(), st.integers(1, 6))
 def test_numbers_are_consecutive(data_of, count):
     its = data_of.draw(groups(count))

@@ -399,6 +399,11 @@ NONE_EARLIER = "Earlier stages save: none"
      "emulated layers keep bf16 weights and round them in every product", "Write none"),
     ("precision", EMULATED | {"fp8_recipe": "delayed", "first_last_bf16": 1}, "precision.first_last_bf16",
      "delayed scaling takes all layers in one FP8 region (megatron-core)", "Write 0, or another fp8_recipe"),
+    ("teacher.cuda_graphs", True, "teacher.cuda_graphs", "device is 'cpu', which has no CUDA graphs",
+     "Leave it out, or write device: cuda"),
+    ("reference.graph_tokens", 512, "reference.graph_tokens",
+     "says how rows are filled up for reference.cuda_graphs, which is false",
+     "Leave it out, or write reference.cuda_graphs=true"),
     ("teacher.parallel.virtual_pipeline", 2, "teacher.parallel.virtual_pipeline", "interleaving needs pipeline > 1",
      "Raise teacher.parallel.pipeline or leave it out"),
     ("reference.parallel.sequence", True, "reference.parallel.sequence", "sequence parallelism needs tensor > 1",
@@ -407,6 +412,28 @@ NONE_EARLIER = "Earlier stages save: none"
 def test_settings_that_do_not_fit_together(setting, value, field, rule, fix):
     error = refused(changed(setting, value))
     assert (error.field, error.rule, error.fix) == (field, rule, fix)
+
+
+@pytest.mark.parametrize("role, precision, field, fix", [
+    ({"name": "student"}, "bf16", "student.cuda_graphs", "Write teacher.cuda_graphs or reference.cuda_graphs"),
+    ({}, "fp32", "teacher.cuda_graphs", "Leave it out, or write precision: bf16 or fp8"),
+    ({}, EMULATED, "teacher.cuda_graphs", "Leave it out, or precision.emulate"),
+    ({"parallel": {"pipeline": 2, "virtual_pipeline": 2}}, "bf16", "teacher.cuda_graphs",
+     "teacher.parallel.virtual_pipeline=1"),
+])
+def test_cuda_graphs_that_cannot_be_recorded(role, precision, field, fix):
+    raw = yaml.safe_load(RECIPE) | {"device": "cuda", "precision": precision}
+    raw[role.get("name", "teacher")] |= {"cuda_graphs": True} | {name: role[name] for name in role if name != "name"}
+    error = refused(raw)
+    assert error.field == field and fix in error.fix
+
+
+def test_cuda_graphs_of_teachers():
+    raw = yaml.safe_load(RECIPE) | {"device": "cuda"}
+    raw["teacher"]["cuda_graphs"], raw["reference"] = True, raw["reference"] | {"cuda_graphs": True, "graph_tokens": 64}
+    for precision in ("bf16", {"dtype": "fp8", "fp8_recipe": "delayed", "fp8_weights": "teachers"}):
+        recipe = parse(raw | {"precision": precision})
+        assert (recipe.teacher.graph_tokens, recipe.reference.graph_tokens) == (256, 64)
 
 
 def test_fp8_settings_of_a_device_or_another_section():

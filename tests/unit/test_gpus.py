@@ -57,3 +57,14 @@ def test_what_the_user_has_set_stands(given):
     gpus.order_kernels(environment)
     assert gpus.record_collectives(environment, Path("/runs/a")) is None
     assert environment == given
+
+
+def test_recorded_collectives_and_growing_memory():
+    growing = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:64"}
+    for environment in ({}, growing | {"NCCL_GRAPH_REGISTER": "0"},
+                        {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}):
+        gpus.check_graph_memory(environment)
+    for environment in (growing, growing | {"NCCL_GRAPH_REGISTER": "1"},
+                        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}):
+        with pytest.raises(ConfigError, match="NCCL_GRAPH_REGISTER=0"):
+            gpus.check_graph_memory(environment)
