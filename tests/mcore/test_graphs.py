@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from megakd.batch import Batch, Group, Kind, Sample, Step, collate
+from megakd.batch import Batch, Group, Kind, Padding, Sample, Step, collate
 from megakd.config import Parallel, parse
 from megakd.mcore import runtime
 from megakd.mcore.graphs import replay_forward
@@ -31,7 +31,7 @@ def micro_batch(lengths: Sequence[int], seed: int, multiple: int) -> Batch:
     groups = [Group(f"row:{number}", (Sample(
         tuple(torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()), -(-length // 2), Kind.CHOSEN),))
         for number, length in enumerate(lengths)]
-    return collate(groups, [(number,) for number in range(len(groups))], pad_id=0, multiple=multiple)
+    return collate(groups, [(number,) for number in range(len(groups))], pad_id=0, padding=Padding(multiple))
 
 
 STEPS = [
