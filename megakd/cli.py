@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megakd import gpus
 from megakd.config import Recipe, load
 from megakd.errors import ConfigError, MegakdError
 from megakd.interruption import INTERRUPTED, Interrupted
@@ -205,9 +206,7 @@ def calibrate_command(options: argparse.Namespace) -> int:
                           "Leave it out")
     if options.processes < 1:
         raise ConfigError("--processes", options.processes, "has to be at least 1", "Correct it")
-    from megakd.mcore.runtime import check_device
-
-    check_device(options.device)
+    gpus.check_device(os.environ, options.device)
     if "RANK" not in os.environ:
         start_ranks(options.processes)
     from megakd.planning.calibrate import calibrate
