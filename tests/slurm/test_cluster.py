@@ -137,7 +137,8 @@ def test_dependent_jobs_of_different_sizes_run_the_chain(undisturbed):
 
 def rank_process(cluster: Cluster, job: str, rank: int) -> psutil.Process:
     """The process of megakd that is a rank of a job."""
-    sign = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "SLURM_JOB_ID": job, "RANK": str(rank)}
+    sign = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "SLURM_JOB_ID": job, "RANK": str(rank),
+            "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for process in psutil.process_iter():
         try:
             environment, words = process.environ(), process.cmdline()
