@@ -30,7 +30,8 @@ quickstart: models
 	$(BIN)/megakd run examples/quickstart/recipe.yaml
 
 # The tests of one process run two at a time. Those of several ranks do not: ranks that wait for each other take the cores.
-ONE_PROCESS := tests/unit $(addprefix tests/e2e/test_,examples.py compare.py train_settings.py leaving.py)
+ONE_PROCESS := tests/unit tests/mcore/test_layout_order.py \
+	$(addprefix tests/e2e/test_,bad_input.py compare.py examples.py leaving.py train_settings.py)
 test: export MEGAKD_TEST_MODEL = $(abspath $(MODELS))/reference
 test: export OMP_NUM_THREADS = 1
 test: models
