@@ -29,12 +29,14 @@ models: venv
 quickstart: models
 	$(BIN)/megakd run examples/quickstart/recipe.yaml
 
-# The tests of one process run two at a time. Those of several ranks do not: ranks that wait for each other take the cores.
-ONE_PROCESS := tests/unit $(addprefix tests/e2e/test_,examples.py compare.py train_settings.py leaving.py)
+# The tests of one process run two at a time, the longest files first, so that both processes end together. Those of
+# several ranks do not: ranks that wait for each other take the cores.
+ONE_PROCESS := $(addprefix tests/e2e/test_,examples.py compare.py train_settings.py bad_input.py leaving.py) \
+	tests/mcore/test_layout_order.py tests/unit
 test: export MEGAKD_TEST_MODEL = $(abspath $(MODELS))/reference
 test: export OMP_NUM_THREADS = 1
 test: models
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile $(ONE_PROCESS)
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder $(ONE_PROCESS)
 	$(BIN)/python -m pytest -q -rs $(addprefix --ignore ,$(ONE_PROCESS)) tests
 
 # For a machine with a GPU (docs/gpu_status.md): what is measured there, with its tests.

@@ -49,7 +49,7 @@ setup(
         # Triton's interpreter runs the losses' kernels in tests on a CPU (3.6 with numpy < 2.4 only). On CUDA it comes
         # with torch, which names the one release that it works with.
         "dev": [
-            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9",
+            "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.9",
             "triton>=3.6,<3.10; platform_system == 'Linux'",
         ],
     },

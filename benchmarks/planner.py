@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import Seconds, timed_steps
 from benchmarks.record_run import machine
@@ -32,6 +31,8 @@ from megakd.batch import Group, Sample
 from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, KdObjective, Objective, SftObjective
 from megakd.disk import write_json_atomic
+from megakd.hf.families import Architecture
+from megakd.hf.random_model import write_random_model
 from megakd.objectives import build_objective
 from megakd.planning.cluster import Cluster, load_cluster
 from megakd.planning.memory import training_memory
@@ -140,12 +141,8 @@ def calibrated(file: Path, processes: int) -> Cluster:
 
 def write_model(folder: Path, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int) -> str:
     """A random Llama directory with tied embeddings."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=hidden // heads, intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )).save_pretrained(folder)
+    write_random_model(folder, Architecture("llama", hidden, layers, heads, kv_heads, hidden // heads, ffn, vocabulary,
+                                            1e-5, 1e4, None, True, False, 1024), seed=0)
     return str(folder)
 
 
@@ -168,7 +165,7 @@ def distillation(case: Case, directories: dict[str, str]) -> Distillation:
 def timed(case: Distillation, world: int, cluster: Cluster, steps: int) -> dict:
     """Planned and measured seconds of some steps."""
     planned = training_time(cluster, setup_of(case, world))
-    ranks = run_ranks(world, steps_of_a_rank, case, steps, timeout=900)
+    ranks = run_ranks(world, steps_of_a_rank, case, 1, steps, 1, timeout=900)
     return {
         "planned": planned.total, "parts": planned.parts,
         "measured": [ranks[0][number].wall for number in range(steps)],
@@ -191,9 +188,10 @@ def counted(case: Distillation, world: int) -> list[dict]:
     return ranks
 
 
-def steps_of_a_rank(case: Distillation, repeats: int) -> list[Seconds]:
-    """On a rank: seconds of each step, after one that warms up."""
-    return timed_steps(Job(case).step, 1, repeats)
+def steps_of_a_rank(case: Distillation, warm_up: int, steps: int, threads: int) -> list[Seconds]:
+    """On a rank: seconds of each step, after those that warm up."""
+    torch.set_num_threads(threads)
+    return timed_steps(Job(case).step, warm_up, steps)
 
 
 def named(calls: dict[tuple[str, int], int]) -> dict[str, int]:

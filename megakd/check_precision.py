@@ -30,14 +30,11 @@ def check_backend(recipe: Recipe, world: int) -> None:
     Raises:
         ConfigError: naming the setting.
     """
+    gpus.check_device(os.environ, recipe.device)
     if recipe.device != "cuda":
         return
-    gpus.order_kernels(os.environ)
     import torch
 
-    if not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "torch sees no CUDA device here",
-                          "Write device: cpu, or see `megakd doctor`")
     # An emulation is the local layers' products, which any device can do.
     emulated = recipe.precision.emulate
     if not emulated and importlib.util.find_spec("transformer_engine") is None:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megakd import gpus
 from megakd.config import Recipe, load
 from megakd.errors import ConfigError, MegakdError
 from megakd.interruption import INTERRUPTED, Interrupted
+from megakd.launch import on_ranks
 
 logger = logging.getLogger("megakd")
 
@@ -131,23 +133,9 @@ def check_stage_names(recipe: Recipe, option: str, names: Sequence[str]) -> None
 
 def start_ranks(processes: int) -> None:
     """Replaces this process by a launcher that runs the same command on `processes` ranks of this machine."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    # Two ranks that both use all cores get in each other's way many times over.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # Large CPU tensors come and go every micro-batch; in huge pages they cost half the page faults (measured).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    command = [
-        sys.executable,
-        "-m",
-        "megakd.launch",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "megakd.cli",
-        *sys.argv[1:],
-    ]
+    command, environment = on_ranks(processes, "-m", "megakd.cli", *sys.argv[1:])
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, environment)
 
 
 def show_result(recipe: Recipe) -> None:
@@ -205,9 +193,7 @@ def calibrate_command(options: argparse.Namespace) -> int:
                           "Leave it out")
     if options.processes < 1:
         raise ConfigError("--processes", options.processes, "has to be at least 1", "Correct it")
-    from megakd.mcore.runtime import check_device
-
-    check_device(options.device)
+    gpus.check_device(os.environ, options.device)
     if "RANK" not in os.environ:
         start_ranks(options.processes)
     from megakd.planning.calibrate import calibrate

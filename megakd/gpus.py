@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what CUDA and NCCL read from the environment when they start. Imports no torch.
+"""Which GPU a rank takes, and what CUDA and NCCL read from the environment when they start. Imports torch late.
 
 The project's one place for such variables. What the user has set stands.
 """
@@ -24,6 +24,18 @@ def order_kernels(environment: MutableMapping[str, str]) -> None:
     (tensor_parallel/layers.py); results do not.
     """
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def check_device(environment: MutableMapping[str, str], device: str) -> None:
+    """Refuses `device: cuda` where torch sees none. Raises ConfigError; makes no process group."""
+    order_kernels(environment)
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch sees no CUDA device here",
+                          "Write device: cpu, or see `megakd doctor`")
 
 
 def record_collectives(environment: MutableMapping[str, str], traces: Path | None) -> Path | None:
@@ -60,8 +72,8 @@ def check_graph_memory(environment: Mapping[str, str]) -> None:
 
 
 def ranks_here(environment: Mapping[str, str], world: int) -> int:
-    """Ranks on this node: as the launcher says, all `world` where none has started this process. srun's ranks know
-    their own number alone, so it is at least that."""
+    """Ranks on this node: as the launcher says, all `world` where none has started this process. One that says a
+    rank's own number alone has at least as many (slurm/rank.sh and torchrun say both)."""
     if "LOCAL_RANK" not in environment:
         return world
     return max(int(environment.get("LOCAL_WORLD_SIZE", "1")), int(environment["LOCAL_RANK"]) + 1)

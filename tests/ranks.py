@@ -1,9 +1,10 @@
 """A pool of ranks for tests: `run_ranks(world, function, *args)` runs `function(*args)` on each of them.
 
 Importing torch (and megatron-core) costs more than most multi-rank tests, so a pool of each world size is started once
-a session and kept. The processes are forked from a server process that has run nothing but those imports: as clean as
-spawned ones, and the imports are paid once for all the ranks of all the pools. They talk by gloo; with `device="cuda"`
-they are spawned and started as those of a run on GPUs are (`megakd.mcore.runtime.start`), with NCCL.
+a session and kept. The processes are forked from a server process that has run nothing but the imports that the
+session's tests have made: as clean as spawned ones, and the imports are paid once for all the ranks of all the pools.
+They talk by gloo; with `device="cuda"` they are spawned and started as those of a run on GPUs are
+(`megakd.mcore.runtime.start`), with NCCL.
 
 In a test file (`function` and its arguments must be picklable, so it lives at the module's top level):
 
@@ -41,10 +42,15 @@ import torch.distributed as dist
 
 _START_SECONDS = 180.0
 _GRACE_SECONDS = 1.0  # after a first failure: how long other ranks may take to report theirs
-_HEAVY_MODULES = ("torch", "torch.distributed", "megatron.core")
+_POLL_SECONDS = 0.005
+_HEAVY_PACKAGES = ("torch", "megatron", "transformers", "megakd")
 
 _pools: dict[tuple[int, str], _Pool] = {}
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+class Killed(Exception):
+    """The ranks were killed, as `run_ranks` was asked to."""
 
 
 class RankError(AssertionError):
@@ -55,7 +61,8 @@ class RankError(AssertionError):
         super().__init__(f"rank {rank} of {world} failed:\n{text}")
 
 
-def run_ranks(world: int, function: Callable, *args: Any, device: str = "cpu", timeout: float = 120) -> list[Any]:
+def run_ranks(world: int, function: Callable, *args: Any, device: str = "cpu", timeout: float = 120,
+              kill_when: Callable[[], bool] | None = None) -> list[Any]:
     """Runs a module-level function on every rank of a pool and returns its results in the order of the ranks.
 
     Args:
@@ -64,8 +71,10 @@ def run_ranks(world: int, function: Callable, *args: Any, device: str = "cpu", t
             hold no CUDA tensors: they would start CUDA in this process.
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds after which a pool that has not answered is killed.
+        kill_when: asked again and again while the ranks work; once it says so they are killed, all at once.
 
     Raises:
+        Killed: by `kill_when`.
         RankError: the function raised on some rank. The pool is thrown away, as its ranks may be out of step.
         TimeoutError: some rank did not answer in time. The pool is killed.
     """
@@ -73,7 +82,7 @@ def run_ranks(world: int, function: Callable, *args: Any, device: str = "cpu", t
     if pool not in _pools:
         _pools[pool] = _Pool(world, device)
     try:
-        return _pools[pool].call(function, args, timeout)
+        return _pools[pool].call(function, args, timeout, kill_when)
     except BaseException:
         _pools.pop(pool).kill()
         raise
@@ -108,7 +117,7 @@ class _Pool:
         # A process that has met CUDA cannot be forked, and an import may be enough.
         context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
         if device != "cuda":
-            context.set_forkserver_preload([name for name in _HEAVY_MODULES if name in sys.modules])
+            context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in _HEAVY_PACKAGES])
         start = (_start_cuda, _free_port()) if device == "cuda" else (_start_gloo, self.directory)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -131,7 +140,7 @@ class _Pool:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
 
-    def call(self, function: Callable, args: tuple, timeout: float) -> list[Any]:
+    def call(self, function: Callable, args: tuple, timeout: float, kill_when: Callable[[], bool] | None) -> list[Any]:
         # Plain pickle, not the connection's own: that one would pass tensors by shared memory, whose life is tied to
         # both processes. The import path goes ahead, as the function's module may be new to the rank.
         payload = pickle.dumps((function, args))
@@ -141,15 +150,16 @@ class _Pool:
                 pipe.send_bytes(payload)
             except OSError as error:
                 raise RankError(rank, self.world, f"the process has ended ({error})") from error
-        return self.collect(time.monotonic() + timeout)
+        return self.collect(time.monotonic() + timeout, kill_when)
 
-    def collect(self, deadline: float) -> list[Any]:
+    def collect(self, deadline: float, kill_when: Callable[[], bool] | None = None) -> list[Any]:
         """One answer of each rank, in their order; raises the first failure with those that follow at once."""
         answers: dict[int, Any] = {}
         failures: list[tuple[int, str]] = []
         waiting = dict(zip(self.pipes, range(self.world), strict=False))
         while waiting:
-            for pipe in (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+            left = max(0.0, deadline - time.monotonic())
+            for pipe in (ready := wait(list(waiting), timeout=left if kill_when is None else min(left, _POLL_SECONDS))):
                 rank = waiting.pop(pipe)
                 try:
                     succeeded, value = pickle.loads(pipe.recv_bytes())
@@ -162,7 +172,9 @@ class _Pool:
                 else:
                     failures.append((rank, value))
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-            if not ready:
+            if kill_when is not None and kill_when():
+                raise Killed
+            if not ready and time.monotonic() >= deadline:
                 break
         if failures:
             others = [f"\nrank {rank} too: {text.strip().splitlines()[-1]}" for rank, text in failures[1:]]
@@ -182,6 +194,7 @@ class _Pool:
         for process in self.processes:
             if process.is_alive():
                 process.kill()
+        for process in self.processes:
             process.join()
         shutil.rmtree(self.directory, ignore_errors=True)
 

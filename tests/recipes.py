@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,18 +115,38 @@ def tiny_recipe(folder: Path, *, context: int = CONTEXT) -> dict[str, Any]:
     }
 
 
-def run_here(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
-    """Runs a recipe as `megakd run` does, on the ranks of a pool (`tests.ranks.run_ranks`)."""
-    loaded = load(recipe, overrides)
-    world = runtime.adopt(torch.device(loaded.device))
-    check_recipe(loaded, world.size, redo)
-    dist.barrier()  # no rank may write before all have checked
-    run_stages(loaded, world, only, redo)
+def run_here(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = ()) -> str:
+    """Runs a recipe as `megakd run` does, on the ranks of a pool (`tests.ranks.run_ranks`).
+
+    Returns:
+        What this rank told.
+    """
+    told = io.StringIO()
+    logger, handler = logging.getLogger("megakd"), logging.StreamHandler(told)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        loaded = load(recipe, overrides)
+        world = runtime.adopt(torch.device(loaded.device))
+        check_recipe(loaded, world.size, redo)
+        dist.barrier()  # no rank may write before all have checked
+        run_stages(loaded, world, only, redo)
+    finally:
+        logger.removeHandler(handler)
+    return told.getvalue()
 
 
-def run_in_pool(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
-    """Runs a recipe of two ranks in a pool, which starts in no time."""
-    run_ranks(2, partial(run_here, only=only, redo=redo), recipe, *overrides, timeout=600)
+def run_in_pool(recipe: Path, *overrides: str, only: Sequence[str] = (), redo: Sequence[str] = (),
+                kill_when: Callable[[], bool] | None = None) -> str:
+    """Runs a recipe of two ranks in a pool, which starts in no time; returns what rank 0 told.
+
+    Raises:
+        RankError: the run ended with an error.
+        Killed: `kill_when` said so (`tests.ranks.run_ranks`).
+    """
+    told, _ = run_ranks(2, partial(run_here, only=only, redo=redo), recipe, *overrides, timeout=600,
+                        kill_when=kill_when)
+    return told
 
 
 def stage(raw: dict[str, Any], name: str) -> dict[str, Any]:

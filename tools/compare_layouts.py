@@ -11,6 +11,7 @@ where it is largest, and exits with 1 when the whole gradient's is above --limit
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -18,13 +19,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd.config import load
+from megakd.config import Recipe, load
 from megakd.config_stages import TrainStage
 from megakd.errors import ConfigError, MegakdError
+from megakd.launch import on_ranks
+
+if TYPE_CHECKING:
+    from megakd.mcore.runtime import World
 
 
 def main() -> int:
@@ -38,70 +44,60 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if "RANK" in os.environ:
-        return worker(options.recipe, options.overrides, options.stage, options.out)
+    overrides = {"recipe": options.overrides, "other": [*options.overrides, *options.other]}
     try:
-        processes = load(options.recipe, tuple(options.overrides)).processes
+        layouts = {name: load_stage(options.recipe, own, options.stage) for name, own in overrides.items()}
+        if "RANK" in os.environ:
+            worker(layouts, options.out)
+            return 0
     except MegakdError as error:
         print(f"compare_layouts: error: {error}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        sides = []
-        for name, extra in (("recipe", []), ("other", options.other)):
-            out = Path(folder, name)
-            out.mkdir()
-            start(options, [*options.overrides, *extra], processes, out)
-            sides.append(gather(out))
-    return report(sides, options)
+        processes = layouts["recipe"][0].processes
+        command, environment = on_ranks(processes, __file__, *sys.argv[1:], "--out", folder)
+        subprocess.run(command, check=True, env=environment)
+        return report([gather(Path(folder, name)) for name in layouts], options)
 
 
-def start(options: argparse.Namespace, overrides: list[str], processes: int, out: Path) -> None:
-    """Runs one layout to its first gradient on `processes` ranks."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        __file__,
-        options.recipe,
-        "--stage",
-        options.stage,
-        "--other",
-        "-",
-        "--out",
-        str(out),
-    ]
-    if overrides:
-        command += ["--overrides", *overrides]
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+def load_stage(path: str, overrides: list[str], name: str) -> tuple[Recipe, TrainStage]:
+    """The recipe in one layout, and its stage of this name."""
+    recipe = load(path, tuple(overrides))
+    for stage in recipe.stages:
+        if stage.name == name and isinstance(stage, TrainStage):
+            return recipe, stage
+    raise ConfigError("--stage", name, "is no training stage of the recipe", "Name a stage that trains")
 
 
-def worker(path: str, overrides: list[str], stage_name: str, out: Path) -> int:
-    """One rank: forward and backward of the first step; writes this rank's boxes of the gradient."""
+def worker(layouts: dict[str, tuple[Recipe, TrainStage]], out: Path) -> None:
+    """One rank: forward and backward of the first step in each layout; writes this rank's boxes of the gradients."""
+    from megakd.mcore import runtime
+
+    world = runtime.start(layouts["recipe"][0].device)
+    try:
+        for name, (recipe, stage) in layouts.items():
+            (out / name).mkdir(exist_ok=True)
+            write_gradient(recipe, stage, world, out / name)
+            gc.collect()  # models refer to themselves, and the next layout needs the memory
+    finally:
+        runtime.stop()
+
+
+def write_gradient(recipe: Recipe, stage: TrainStage, world: World, out: Path) -> None:
+    """One layout on this rank: its boxes of the gradient, where they lie, and the metrics."""
     from megakd.mcore import runtime
     from megakd.run import Run
     from megakd.train import Training
 
-    recipe = load(path, tuple(overrides))
-    stages = [stage for stage in recipe.stages if stage.name == stage_name and isinstance(stage, TrainStage)]
-    if not stages:
-        raise ConfigError("--stage", stage_name, "is no training stage of the recipe", "Name a stage that trains")
-    world = runtime.start(recipe.device)
-    try:
-        run = Run(recipe, world)
-        runtime.seed(recipe.seed, run.grid("student", trained=True))
-        training = Training(run, stages[0])
-        metrics = training.forward_backward(training.step_at(0))
-        boxes = training.trainer.gradient_boxes()
-        tensors = {str(number): values.contiguous() for number, (_, values) in enumerate(boxes)}
-        save_file(tensors, out / f"{world.rank}.safetensors")
-        where = [[piece.hf_name, piece.hf_shape, piece.hf_offset] for piece, _ in boxes]
-        (out / f"{world.rank}.json").write_text(json.dumps({"boxes": where, "metrics": metrics}))
-    finally:
-        runtime.stop()
-    return 0
+    run = Run(recipe, world)
+    runtime.seed(recipe.seed, run.grid("student", trained=True))
+    training = Training(run, stage)
+    metrics = training.forward_backward(training.step_at(0))
+    boxes = training.trainer.gradient_boxes()
+    tensors = {str(number): values.contiguous() for number, (_, values) in enumerate(boxes)}
+    save_file(tensors, out / f"{world.rank}.safetensors")
+    where = [[piece.hf_name, piece.hf_shape, piece.hf_offset] for piece, _ in boxes]
+    (out / f"{world.rank}.json").write_text(json.dumps({"boxes": where, "metrics": metrics}))
 
 
 def gather(folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

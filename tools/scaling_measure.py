@@ -1,20 +1,16 @@
 """The measured mode of tools/scaling_study.py: real training steps of small random models on this machine's CPU.
 
-Each case is a run of torch's launcher with this file as its program: the models are built, a student is trained for
-some steps by the real engine, and the first rank writes how long the steps took. The plan for the same layouts and the
-same groups stands beside it.
+Each case has a pool of ranks of its own: the models are built, a student is trained for some steps by the real engine,
+and the first rank tells how long the steps took. The plan for the same layouts and the same groups stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -139,40 +135,19 @@ def setup_of(run: Run) -> TrainingSetup:
 
 def measured_steps(run: Run, folder: Path) -> list[float]:
     """Seconds of the steps after the warm-up, on ranks of this machine."""
-    out = folder / "seconds.json"
-    told = json.dumps([run.size, run.method, run.world, run.tensor])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.world}", __file__,
-               told, str(folder / run.size), str(out)]
-    threads = max(1, (os.cpu_count() or 1) // run.world)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                   env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path})
-    return json.loads(out.read_text())
+    sys.path.insert(0, str(ROOT))  # tools/ is no package
+    from benchmarks.planner import steps_of_a_rank
+    from tests.mcore.cases import Distillation
+    from tests.ranks import close_pools, run_ranks
 
-
-def worker(arguments: Sequence[str]) -> int:
-    """One rank: trains and, on the first, writes the seconds of each step."""
-    from benchmarks.measure import timed_steps
-    from megakd.mcore import runtime
-    from tests.mcore.cases import Distillation, Job
-
-    run, folder = Run(*json.loads(arguments[0])), Path(arguments[1])
-    groups = step_of(run).groups
-    roles = ("student", *build_objective(objective_of(run.method)).requires.teachers)
+    objective, groups = objective_of(run.method), step_of(run).groups
+    roles = ("student", *build_objective(objective).requires.teachers)
     case = Distillation(
-        {role: str(folder / ("student" if role == "student" else "teacher")) for role in roles},
-        dict.fromkeys(roles, run.parallel), dict.fromkeys(roles, MICRO_BATCH), objective_of(run.method), groups,
+        {role: str(folder / run.size / ("student" if role == "student" else "teacher")) for role in roles},
+        dict.fromkeys(roles, run.parallel), dict.fromkeys(roles, MICRO_BATCH), objective, groups,
         len(groups), WARM_UP + STEPS, learning_rate=1e-5, chunk_tokens=CHUNK,
     )
-    world = runtime.start("cpu")
-    try:
-        seconds = [each.wall for each in timed_steps(Job(case).step, WARM_UP, STEPS)]
-        if world.rank == 0:
-            Path(arguments[2]).write_text(json.dumps(seconds))
-    finally:
-        runtime.stop()
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(worker(sys.argv[1:]))
+    threads = max(1, (os.cpu_count() or 1) // run.world)
+    ranks = run_ranks(run.world, steps_of_a_rank, case, WARM_UP, STEPS, threads, timeout=900)
+    close_pools()  # the next case's ranks need the cores, which process groups of idle ones would take
+    return [each.wall for each in ranks[0]]

@@ -295,7 +295,7 @@ def _report(rows: Sequence[PreferenceRow], what: str, kept: int, dropped: Counte
     """Says what was left out; nothing may be left out that is not counted here, and something must be kept."""
     reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
     if kept == 0:
-        first = rows[0].key.rpartition(":")[0] if rows else "<none>"
+        first = rows[0].place.file if rows else "<none>"
         raise DataError(first, None, None, f"no {what} are left: {reasons or 'there was no row'}",
                         "Give other data, or raise the limit")
     if reasons:
@@ -316,5 +316,4 @@ def _missing(row: PreferenceRow, kind: Kind) -> DataError:
 
 
 def _error(row: PreferenceRow, field: str, problem: str, fix: str) -> DataError:
-    file, _, line = row.key.rpartition(":")
-    return DataError(file, int(line), field, problem, fix)
+    return row.place.error(field, problem, fix)

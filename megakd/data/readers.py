@@ -39,15 +39,20 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt and what belongs to it; `key` is "file name:line"."""
+    """A prompt and what belongs to it."""
 
-    key: str
+    place: Place
     prompt: tuple[Message, ...]
     chosen: str | None
     rejected: str | None
     reference: str | None
     answer_field: str = "chosen"
     """Which of its texts is the answer to learn and to compare with (the recipe's `data.answer`)."""
+
+    @property
+    def key(self) -> str:
+        """The row's name in messages and artefacts: "file name:line"."""
+        return self.place.key
 
     @property
     def answer(self) -> str | None:
@@ -124,7 +129,7 @@ def parse_row(place: Place, fields: dict[str, Any], require: tuple[str, ...]) ->
     if "reference" in present:
         texts["reference"] = _text(place, "reference", present["reference"])
     prompt = _with_system(place, present, _prompt(place, present, conversations))
-    return PreferenceRow(place.key, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("reference"))
+    return PreferenceRow(place, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("reference"))
 
 
 # ----------------------------------------------------------------------------------------------- parts of a row

@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel import random as tensor_parallel_random
 from torch.overrides import TorchFunctionMode
 
 from megakd import gpus
-from megakd.errors import ConfigError
 from megakd.mcore.grid import Grid
 
 
@@ -79,15 +78,6 @@ def enable_cpu() -> None:
     _cpu_mode.__enter__()
 
 
-def check_device(device: str) -> None:
-    """Refuses `device: cuda` where torch sees none. Raises ConfigError; makes no process group."""
-    gpus.order_kernels(os.environ)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device", "cuda", "torch sees no CUDA device here", "Write device: cpu, or see `megakd doctor`"
-        )
-
-
 def start(device: str, *, timeout: timedelta = timedelta(minutes=30), traces: Path | None = None) -> World:
     """Joins the run's processes. torchrun's variables RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT say which.
 
@@ -99,7 +89,7 @@ def start(device: str, *, timeout: timedelta = timedelta(minutes=30), traces: Pa
     Raises:
         ConfigError: `cuda` is asked for and there is none, or fewer GPUs on this node than ranks.
     """
-    check_device(device)
+    gpus.check_device(os.environ, device)
     if device == "cuda":
         local = torch.device("cuda", gpus.device_index(os.environ, torch.cuda.device_count()))
         if (folder := gpus.record_collectives(os.environ, traces)) is not None:

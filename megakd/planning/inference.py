@@ -115,6 +115,8 @@ class Scoring:
     """What is written of a loss position."""
     heads: bool
     """Whether logits are made; hidden states are written as they are."""
+    kernels: bool
+    """Whether CUDA has kernels for what is made of the logits: not for the likeliest tokens."""
     chunk_tokens: int
     dtype: str
     device: str
@@ -294,7 +296,9 @@ def scoring_memory(task: Scoring, pipeline_rank: int) -> Memory:
     columns = head_columns(role.architecture, role.parallel.tensor)
     values = task.work.all_rows * task.row_bytes if task.heads else 0
     chunk = min(task.chunk_tokens, task.work.all_rows)
-    logits = 1.125 * chunk * columns * STATISTICS_BYTES if task.heads else 0  # and a block's scratch
+    # Beside the logits a CPU has a block's scratch; CUDA has none with kernels, and as much again without.
+    scratch = 0.125 if task.device == "cpu" else 0.0 if task.kernels else 1.0
+    logits = (1 + scratch) * chunk * columns * STATISTICS_BYTES if task.heads else 0
     phases["signals"] = {"batches": forward["batches"], "hidden states": task.micro_batches * rows, "values": values,
                          "logits": logits}
     return Memory(kept, phases)

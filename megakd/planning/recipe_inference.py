@@ -83,7 +83,7 @@ def scoring_of_stage(recipe: Recipe, stage: ScoreStage, world: int, rows: int, m
     work = _micro_batch(role, mean, answers)
     return Scoring(role, MICRO_BATCHES * role.parallel.pipeline, rows * len(names), work,
                    _row_bytes(recipe, stage, role.architecture), not isinstance(stage.signal, HiddenStatesSignal),
-                   stage.chunk_tokens, recipe.precision.dtype, recipe.device)
+                   not isinstance(stage.signal, TopKSignal), stage.chunk_tokens, recipe.precision.dtype, recipe.device)
 
 
 def _micro_batch(role: RoleSetup, mean: Lengths, answers: float) -> MicroBatch:
@@ -159,7 +159,7 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
 def _pass(recipe: Recipe, stage: EvalStage, role: RoleSetup, groups: int, mean: Lengths, answers: int) -> Scoring:
     """A forward pass over groups: all in one step, whose hidden states are held together."""
     micro_batches = math.ceil(groups / (role.layout.data * role.micro_batch))
-    return Scoring(role, micro_batches, groups, _micro_batch(role, mean, answers), 0, True, stage.chunk_tokens,
+    return Scoring(role, micro_batches, groups, _micro_batch(role, mean, answers), 0, True, True, stage.chunk_tokens,
                    recipe.precision.dtype, recipe.device)
 
 

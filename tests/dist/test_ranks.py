@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankError, run_ranks, subgroup
+from tests.ranks import Killed, RankError, run_ranks, subgroup
 
 
 def _process(offset):
@@ -69,11 +69,15 @@ def test_a_failure_names_its_rank_and_the_pool_starts_afresh(function, message):
     assert not {answer[0] for answer in before} & {answer[0] for answer in after}
 
 
-def test_a_hung_pool_is_killed():
+@pytest.mark.parametrize("asked, error, message", [
+    ({"timeout": 0.5}, TimeoutError, r"ranks \[0, 1\] of 2"),
+    ({"kill_when": lambda: True}, Killed, None),
+])
+def test_a_pool_that_hangs_or_is_to_be_killed_is_gone(asked, error, message):
     pids = [answer[0] for answer in run_ranks(2, _process, 0)]
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2"):
-        run_ranks(2, _sleep, timeout=0.5)
+    with pytest.raises(error, match=message):
+        run_ranks(2, _sleep, **asked)
     assert time.monotonic() - start < 30
     for pid in pids:
         with pytest.raises(ProcessLookupError):

@@ -47,7 +47,7 @@ def test_row_without_chosen(folder):
     del rows[3]["chosen"]
     file = write_rows(folder / "no_chosen.jsonl", rows)
     assert refused(folder, f"data.train=[{file}]") == (
-        "no_chosen.jsonl:4: field 'chosen': missing, and it is needed to train on or to compare with. "
+        f"{file}:4: field 'chosen': missing, and it is needed to train on or to compare with. "
         "Add it to every row")
 
 

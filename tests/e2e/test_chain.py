@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.cli import USAGE_ERROR, main
 from megakd.interruption import INTERRUPTED
 from megakd.log import METRICS, read_metrics
+from tests.ranks import Killed
 from tests.recipes import run_in_pool, stage, tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -111,10 +113,10 @@ def test_a_second_run_redoes_nothing_but_the_report(finished):
     raw, recipe = finished
     folder = Path(raw["output"])
     before = manifests(folder)
-    output = run(recipe)
+    told = run_in_pool(recipe)
     after = manifests(folder)
     assert {name for name in STAGES if after[name] != before[name]} == {"report"}
-    assert output.count("already done") == len(STAGES) - 1
+    assert told.count("already done") == len(STAGES) - 1
 
 
 def test_another_layout_gives_the_same_curves(finished, tmp_path):
@@ -172,27 +174,37 @@ def interrupt(recipe: Path, folder: Path, name: str) -> None:
 
 def test_killed_in_the_middle_of_each_stage(finished, tmp_path):
     """After every kill, and a signal that asks to leave, the finished stages stand, and the end is that of an
-    undisturbed run, bit for bit."""
+    undisturbed run, bit for bit. The signal and the first kill reach the launcher, the others the ranks alone."""
     raw, recipe = finished
     folder = tmp_path / "killed"
     killed = []
     interrupt(recipe, folder, "dpo")
     for name in KILLED:
-        process = start(recipe, f"output={folder}")
         begun = folder / "stages" / name
-        # A training stage is killed once it has a checkpoint to go on from, any other as soon as it has begun.
-        sign = begun / "checkpoints" if name in TRAINED else begun
-        while process.poll() is None and not (sign.exists() and (name not in TRAINED or list(sign.glob("step-*")))):
-            time.sleep(0.005)
-        if process.poll() is None and name not in manifests(folder):
-            before = manifests(folder)
-            kill_all(process)
-            killed.append(name)
-            assert {n: t for n, t in manifests(folder).items() if n in before} == before
+        before: dict[str, float] = {}
+
+        def in_the_middle(name: str = name, begun: Path = begun, before: dict[str, float] = before) -> bool:
+            # A training stage is killed once it has a checkpoint to go on from, any other as soon as it has begun.
+            if not (any(begun.glob("checkpoints/step-*")) if name in TRAINED else begun.exists()):
+                return False
+            before.update(manifests(folder))
+            return name not in before
+
+        if name == KILLED[0]:
+            process = start(recipe, f"output={folder}")
+            while process.poll() is None and not in_the_middle():
+                time.sleep(0.005)
+            if process.poll() is None:
+                kill_all(process)
+                killed.append(name)
         else:
-            process.communicate(timeout=240)
+            try:
+                run_in_pool(recipe, f"output={folder}", kill_when=in_the_middle)
+            except Killed:
+                killed.append(name)
         finished_before = manifests(folder)
-    output = run(recipe, f"output={folder}")
+        assert {n: t for n, t in finished_before.items() if n in before} == before
+    told = run_in_pool(recipe, f"output={folder}")
     assert len(killed) >= 2, f"too fast to be killed in the middle: only {killed}"
     for name, when in finished_before.items():
         assert manifests(folder)[name] == when or name == "report"
@@ -203,19 +215,17 @@ def test_killed_in_the_middle_of_each_stage(finished, tmp_path):
     for name in TRAINED:  # one that went on from a checkpoint counts what earlier starts did
         manifest = json.loads((folder / "stages" / name / "manifest.json").read_text())
         assert manifest["seconds"] > sum(step["seconds"] for step in read_metrics(begun.parent / name / METRICS))
-    assert "already done" in output
+    assert "already done" in told
     assert not list(folder.rglob("*partial*"))
     assert json.loads((folder / "summary.json").read_text()) == json.loads(
         (Path(raw["output"]) / "summary.json").read_text()
     )
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished):
+def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
     raw, recipe = finished
-    folder = Path(raw["output"])
-    before = manifests(folder)
-    process = start(recipe, "stages.dckd.objective.alpha=0.7")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "alpha" in output and "0.7" in output
-    assert manifests(folder) == before
+    before = manifests(Path(raw["output"]))
+    assert main(["run", str(recipe), "stages.dckd.objective.alpha=0.7", "--check"]) == USAGE_ERROR
+    told = capsys.readouterr().err
+    assert "alpha" in told and "0.7" in told
+    assert manifests(Path(raw["output"])) == before

@@ -97,7 +97,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, Any], tuple[str, str]]:
-    """Folder of the inputs, recipe and what was printed by a run whose judge failed, and by the one that went on."""
+    """Folder of the inputs, recipe and what was told by a run whose judge failed, and by the one that went on."""
     folder = tmp_path_factory.mktemp("evaluation")
     raw = recipe_of(folder)
     recipe = write_recipe(folder, raw)
@@ -106,7 +106,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, Any], tuple[str, str]]:
     failed, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     (folder / "judge.py").write_text(LONGER_WINS)
-    return folder, raw, (failed, run(recipe))
+    return folder, raw, (failed, run_in_pool(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +273,9 @@ def test_the_report_shows_them(finished):
 
 def test_a_judge_that_fails_is_asked_again_on_the_answers_that_are_there(finished):
     """What was done before stands; the answers are not generated a second time."""
-    _, _, (failed, printed) = finished
+    _, _, (failed, told) = finished
     assert "stages.longer.judge.command = " in failed and "ended with exit code 1 (no credit left)" in failed
-    assert printed.count("already done") == 3 and printed.count("answered by an earlier attempt") == 2
+    assert told.count("already done") == 3 and told.count("answered by an earlier attempt") == 2
 
 
 def test_lm_eval_on_a_local_task(finished, tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.e2e.test_chain import curve, kill_all, run, start, weights
+from tests.e2e.test_chain import curve, weights
+from tests.ranks import Killed
 from tests.recipes import run_in_pool, tiny_recipe, write_recipe
 
 STAGES = {
@@ -47,14 +47,11 @@ def test_another_layout_draws_and_learns_the_same(finished, tmp_path):
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(finished, tmp_path):
     recipe, folder = finished
     other = tmp_path / "killed"
-    process = start(recipe, f"output={other}")
     checkpoints = other / "stages" / "minillm" / "checkpoints"
-    while not any(checkpoints.glob("step-*/checkpoint.json")):
-        assert process.poll() is None, "it was over before it could be killed"
-        time.sleep(0.01)
-    kill_all(process)
+    with pytest.raises(Killed):
+        run_in_pool(recipe, f"output={other}", kill_when=lambda: any(checkpoints.glob("step-*/checkpoint.json")))
     assert not (other / "models" / "minillm" / "config.json").exists(), "it was over before it could be killed"
-    run(recipe, f"output={other}")
+    run_in_pool(recipe, f"output={other}")
     for name in STAGES:
         assert curve(other, name) == curve(folder, name)
         mine, theirs = weights(other, name), weights(folder, name)

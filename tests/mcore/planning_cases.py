@@ -95,6 +95,19 @@ def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSet
                          case.precision.dtype, device, offload=case.offload)
 
 
+@contextmanager
+def old_objects_aside() -> Iterator[None]:
+    """Has the garbage collector, and with it `tensors`, pass over everything that is there already: a million objects
+    of imported modules."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@old_objects_aside()
 def measured_step(case: Distillation) -> dict:
     """What is kept before the first step and a later step's peak of allocated bytes (both from before the model was
     built), and its collectives."""
@@ -183,6 +196,7 @@ def _allocations(run: profile) -> list[tuple[int, int]]:
 
 
 # ----------------------------------------------------------------------------------------- stages that train nothing
+@old_objects_aside()
 def measured_generation(directory: str, parallel: Parallel, prompts: list[Prompt], sampling: Sampling,
                         slots: int) -> dict:
     """Bytes of a model and of the fullest moment of a generation, and the collectives of its forward pass over prompts
@@ -208,6 +222,7 @@ def measured_generation(directory: str, parallel: Parallel, prompts: list[Prompt
     return {"kept": kept, "peak": later + peak, "prefill": dict(first), "round": dict(second - first)}
 
 
+@old_objects_aside()
 def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch: int, k: int, chunk: int) -> dict:
     """Bytes of a model and of the fullest moment of a step of a score stage that lists likeliest tokens."""
     before = tensors()

@@ -80,7 +80,7 @@ def test_memory_of_scoring(directory, name):
     step = Step(tuple(Group(f"row:{number}", (sample,)) for number in range(count * micro_batch)))
     work = MicroBatch(micro_batch * 96, micro_batch * 96 * 97 / 2, {Kind.CHOSEN: micro_batch * 56})
     task = Scoring(RoleSetup(Architecture.read(directory), parallel, world, micro_batch), count, len(step.groups), work,
-                   8 * k, True, chunk, "fp32", "cpu")
+                   8 * k, True, False, chunk, "fp32", "cpu")
     assert task.steps == 1 and task.disk_bytes == len(step.groups) * 56 * 400
     ranks = run_ranks(world, measured_scoring, directory, parallel, step, micro_batch, k, chunk)
     for rank, measured in enumerate(ranks):

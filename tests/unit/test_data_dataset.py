@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megakd.batch import Kind
 from megakd.data.artefacts import Rollout, prompt_hash
 from megakd.data.dataset import Generated, held_out_groups, left_out, preference_groups, prompts, read_rows
+from megakd.data.files import Place
 from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
@@ -26,7 +28,7 @@ def tokenizer(tmp_path_factory):
 
 
 def row(number, prompt="q", chosen="good", rejected="bad"):
-    return PreferenceRow(f"a.jsonl:{number}", ({"role": "user", "content": prompt},), chosen, rejected, None)
+    return PreferenceRow(Place(Path("a.jsonl"), number), ({"role": "user", "content": prompt},), chosen, rejected, None)
 
 
 def rollout(tokenizer, its_row, tokens, reason, index=0):
@@ -207,7 +209,7 @@ def test_one_key_is_one_prompt(tokenizer):
 
 
 def instruction(number, reference="yes, twelve"):
-    return PreferenceRow(f"a.jsonl:{number}", ({"role": "user", "content": "q"},), None, None, reference)
+    return PreferenceRow(Place(Path("a.jsonl"), number), ({"role": "user", "content": "q"},), None, None, reference)
 
 
 def test_the_answer_is_the_field_that_is_set(tokenizer, tmp_path):
@@ -221,10 +223,10 @@ def test_the_answer_is_the_field_that_is_set(tokenizer, tmp_path):
     [sample] = groups[1].samples
     assert sample.kind is Kind.CHOSEN and tokenizer.decode(sample.tokens[sample.prompt_length :]) == "no"
     message = refused(preference_groups, read_rows([file], None, 1, "chosen"), tokenizer, (Kind.CHOSEN,), **LIMITS)
-    assert message == ("rows.jsonl:1: field 'chosen': missing, and it is needed to train on or to compare with. "
+    assert message == (f"{file}:1: field 'chosen': missing, and it is needed to train on or to compare with. "
                        "Add it to every row, or write data.answer: reference, which the row has")
     message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), max_length=3, too_long="error")
-    assert message.startswith("rows.jsonl:1: field 'reference': ")
+    assert message.startswith(f"{file}:1: field 'reference': ")
 
 
 def test_rows_of_prompts_alone(tokenizer, tmp_path):
@@ -235,7 +237,7 @@ def test_rows_of_prompts_alone(tokenizer, tmp_path):
     kept, _ = prompts(rows, tokenizer, 100, too_long="error")
     assert [prompt.key for prompt in kept] == ["rows.jsonl:1", "rows.jsonl:2"]
     message = refused(preference_groups, rows, tokenizer, (Kind.CHOSEN,), **LIMITS)
-    assert message.startswith("rows.jsonl:2: field 'chosen': missing") and message.endswith("Add it to every row")
+    assert message.startswith(f"{file}:2: field 'chosen': missing") and message.endswith("Add it to every row")
 
 
 def test_held_out_rows_with_and_without_a_rejected_answer(tokenizer):

@@ -124,24 +124,32 @@ def test_a_node_that_is_lost(job, statuses):
 
 
 # --------------------------------------------------------------------------------------------------------- one rank
-def start_rank(folder: Path, rank: int, code: str) -> subprocess.Popen:
+def start_rank(folder: Path, rank: int, code: str, node: int = 1, tasks: str = "2(x2)") -> subprocess.Popen:
     environment = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "n7",
-                   "MEGAKD_LOGS": str(folder)}
+                   "SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": tasks, "MEGAKD_LOGS": str(folder)}
     return subprocess.Popen(["bash", SLURM / "rank.sh", sys.executable, "-uc", code], env=os.environ | environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 @pytest.mark.parametrize("rank, status, left", [(0, 0, 0), (0, 3, 3), (2, 3, 3), (2, 75, 0)])
 def test_a_rank_knows_its_place_and_leaves_its_log_and_status(tmp_path, rank, status, left):
-    code = ("import os, sys; print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))); "
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    code = (f"import os, sys; print(*(os.environ[name] for name in {names})); "
             f"print('oh', file=sys.stderr); sys.exit({status})")
     process = start_rank(tmp_path, rank, code)
     shown, _ = process.communicate(timeout=60)
-    said = f"{rank} 4 1\noh\n"
+    said = f"{rank} 4 1 2\noh\n"
     assert (process.returncode, shown) == (left, said if rank == 0 else "")
     assert (tmp_path / f"rank-0000{rank}.log").read_text() == said
     written = [file.read_text().split()[1:] for file in tmp_path.glob("*.status")]
     assert written == [[str(status), f"0000{rank}", "n7"]]
+
+
+@pytest.mark.parametrize("tasks, ranks", [("8", [8]), ("4(x3)", [4, 4, 4]), ("8(x2),4,16(x2)", [8, 8, 4, 16, 16])])
+def test_a_rank_knows_how_many_its_node_has(tmp_path, tasks, ranks):
+    code = "import os; print(os.environ['LOCAL_WORLD_SIZE'])"
+    started = [start_rank(tmp_path, 0, code, node, tasks) for node in range(len(ranks))]
+    assert [int(process.communicate(timeout=60)[0]) for process in started] == ranks
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

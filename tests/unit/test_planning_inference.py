@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -135,12 +136,17 @@ def test_each_collective_of_a_decoding_round_waits_for_its_link():
 def test_scoring_of_llama_8b():
     work = MicroBatch(4 * 1024, 4 * 1024 * 1025 / 2, {Kind.CHOSEN: 4 * 24})
     role = RoleSetup(LLAMA_8B, Parallel(tensor=2), 8, 4)
-    task = Scoring(role, 4, 1000, work, 400, True, 64, "bf16", "cuda")
+    task = Scoring(role, 4, 1000, work, 400, True, True, 64, "bf16", "cuda")
     # Four replicas with four micro-batches of four answers: 64 at a time.
     assert task.steps == 16 and task.disk_bytes == 1000 * 24 * 400
     memory = scoring_memory(task, 0)
     assert memory.phases["signals"]["hidden states"] == 4 * 96 * 4096 * 2
-    assert memory.phases["signals"]["logits"] == 1.125 * 64 * VOCABULARY // 2 * 4
+    logits = 64 * VOCABULARY // 2 * 4
+    assert memory.phases["signals"]["logits"] == logits
+    # The likeliest tokens have no kernel, and a chunk is one block; a CPU's blocks are small.
+    for changed, scratch in (({"kernels": False}, 1.0), ({"kernels": False, "device": "cpu"}, 0.125)):
+        changed_memory = scoring_memory(replace(task, **changed), 0)
+        assert changed_memory.phases["signals"]["logits"] == (1 + scratch) * logits
     operations = (2 * 4096 * 32 * LAYER + 4 * 4096 * work.pairs * 32) / 2
     seconds = scoring_time(cluster(tflops=100.0), task)
     assert seconds.parts["forward"] == pytest.approx(16 * 4 * operations / (100e12 * 0.5), rel=1e-3)
@@ -179,7 +185,7 @@ def test_stages_of_a_recipe(tmp_path):
         scored = scoring_of_stage(recipe, stages[name], 2, 10, Lengths(20, 30))
         # Of each row one chosen answer and two rollouts; four micro-batches for each of two pipeline stages.
         assert scored.disk_bytes == 10 * 3 * 30 * row_bytes and scored.micro_batches == 8
-        assert scored.heads == (name != "hidden")
+        assert (scored.heads, scored.kernels) == (name != "hidden", name in ("hidden", "tokens"))
     measured = evaluation_of_stage(recipe, stages["eval"], 2, 4, Lengths(20, 8), 40)
     drawn, held, answered = measured.models["start"]
     assert (drawn.prompts, drawn.rows, held.groups, answered.groups, measured.seeds) == (4, 4, 4, 4, 3)
