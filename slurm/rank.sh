@@ -15,7 +15,7 @@ ranks_here() {
             echo "${part%%(*}"
             return
         fi
-        ((left -= nodes))
+        left=$((left - nodes))
     done
 }
 

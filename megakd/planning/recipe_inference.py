@@ -55,13 +55,18 @@ def generation_of_stage(recipe: Recipe, stage: GenerateStage, world: int, prompt
     """
     role = _answering(role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world))
     longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-    return Generation(role, stage.slots, prompts, stage.n, mean, longest, stage.temperature > 0, stage.top_k,
-                      stage.top_p < 1, recipe.precision.dtype, recipe.device)
+    return Generation(role, stage.slots, prompts, stage.n, _drawn(mean, longest), longest, stage.temperature > 0,
+                      stage.top_k, stage.top_p < 1, recipe.precision.dtype, recipe.device)
 
 
 def _answering(role: RoleSetup) -> RoleSetup:
     """A model while it answers: a token cannot be cut along the sequence (`PipelineDecoder`)."""
     return replace(role, parallel=role.parallel.model_copy(update={"sequence": False}))
+
+
+def _drawn(mean: Lengths, longest: Lengths) -> Lengths:
+    """The mean lengths where answers end with `longest`."""
+    return replace(mean, answer=min(mean.answer, longest.answer))
 
 
 def _longest(recipe: Recipe, architecture: Architecture, prompt: int, answer: int) -> Lengths:
@@ -145,9 +150,9 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
     for label, model in stage.models.items():
         role = role_setup(recipe, "student", architecture_of(recipe, model), world)
         longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-        drawn = Generation(_answering(role), stage.slots, prompts, 1, mean, longest, sampling is not None,
-                           sampling.top_k if sampling else 0, sampling is not None and sampling.top_p < 1,
-                           recipe.precision.dtype, recipe.device)
+        drawn = Generation(_answering(role), stage.slots, prompts, 1, _drawn(mean, longest), longest,
+                           sampling is not None, sampling.top_k if sampling else 0,
+                           sampling is not None and sampling.top_p < 1, recipe.precision.dtype, recipe.device)
         models[label] = (drawn, _pass(recipe, stage, role, rows, mean, 2), _pass(recipe, stage, role, prompts, mean, 1))
     teachers = {name: role_setup(recipe, name, architecture_of(recipe, recipe.role(name).model), world)
                 for name in ("teacher", "reference") if stage.teacher}

@@ -174,6 +174,8 @@ def test_stages_of_a_recipe(tmp_path):
     # Two ranks are one replica; data.max_length 96 leaves the longest prompt 56 tokens.
     assert (made.answers, made.slots, made.rows, made.longest, made.sampled, made.top_k) == (
         20, 8, 8, Lengths(40, 56), True, 7)
+    # No answer is longer than the stage lets it be.
+    assert generation_of_stage(recipe, stages["generate"], 2, 10, Lengths(20, 500), 40).mean == Lengths(20, 56)
     # While a model answers, no token is cut along the sequence, and context ranks are replicas.
     cut = made.role.parallel.model_copy(update={"sequence": True, "context": 2})
     wide = recipe.model_copy(update={"student": recipe.student.model_copy(update={"parallel": cut})})
