@@ -13,6 +13,7 @@ import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -229,7 +230,7 @@ class Trainer:
         """
         for chunk in self.model.chunks:
             if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+                _gather(chunk)
 
     @_with_states
     def publish_parameters(self) -> None:
@@ -240,10 +241,22 @@ class Trainer:
         for owner in self._distributed():
             owner._copy_main_params_to_model_params()
         for chunk in self.model.chunks:
-            chunk.start_param_sync(force_sync=True)
+            _gather(chunk)
 
     def _distributed(self) -> list[DistributedOptimizer]:
         return self.optimizer.chained_optimizers
+
+
+def _gather(chunk: DistributedDataParallel) -> None:
+    """Gathers a chunk's parameters over the data group, here and now.
+
+    With overlap megakd's is the only gather that no forward pass waits for, and megatron-core makes what FP8 weights
+    have besides their numbers (a transpose, blocks by column) in that wait alone: gradients would be of older weights.
+    """
+    chunk.start_param_sync(force_sync=True)
+    fp8 = [each for each in chunk.parameters() if is_float8tensor(each)]
+    if chunk.ddp_config.overlap_param_gather and fp8:
+        post_all_gather_processing(fp8)
 
 
 def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Trainer:

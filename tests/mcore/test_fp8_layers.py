@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,6 +82,28 @@ def test_fp8_weights_are_filled_from_the_files_and_written_from_their_masters(tm
     directory = str(make_llama(tmp_path / "model", seed=1, layers=1))
     for same in run_ranks(2, filled_and_exported, directory):
         assert all(same.values()), same
+
+
+def processed(directory: str, overlap: bool) -> list[bool]:
+    """Whether each gather by force makes the other form of all FP8 weights, where all matrices are said to be such."""
+    model, calls = build(directory, Parallel(), Precision(dtype="bf16")), []
+    trainer = optimizer.make_trainer(model, Optimizer(overlap=overlap), 1)
+    names = {id(parameter): name for name, parameter in model.parameters_of(0).items()}
+    with (mock.patch.object(optimizer, "is_float8tensor", lambda tensor: tensor.ndim == 2),
+          mock.patch.object(optimizer, "post_all_gather_processing",
+                            lambda weights: calls.append(sorted(names[id(each)] for each in weights)))):
+        trainer.gather_parameters()
+        trainer.publish_parameters()
+    matrices = sorted(name for name, parameter in model.parameters_of(0).items() if parameter.ndim == 2)
+    assert len(matrices) > 4
+    return [call == matrices for call in calls]
+
+
+def test_fp8_weights_that_no_forward_pass_waits_for_are_made_ready(tmp_path):
+    directory = str(make_llama(tmp_path / "model", seed=1, layers=1))
+    # Without overlap megatron-core does it at once.
+    assert run_ranks(2, processed, directory, True) == [[True, True]] * 2
+    assert run_ranks(2, processed, directory, False) == [[]] * 2
 
 
 # -------------------------------------------------------------------------------------------------------------- states
