@@ -190,7 +190,7 @@ def test_recorded_passes_give_the_same_hidden_states(directories, device, name):
 
 @pytest.mark.parametrize("device, parallel", [
     on_cuda(Parallel(tensor=2, sequence=cut), unless=NO_SECOND_RANK) for cut in (False, True)])
-def test_recorded_passes_at_tensor_2(directories, device, parallel):
+def test_recorded_passes_of_two_ranks(directories, device, parallel):
     # On the CPU: tests/mcore/test_graphs.py.
     found = run_ranks(2, _recorded, directories["teacher"], BF16, parallel, device=device)[0]
     print(f"{device} {parallel}: {found}")
