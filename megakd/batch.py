@@ -89,11 +89,13 @@ class Group:
 class LossPositions:
     """The T positions of a micro-batch that have a loss, in the order of its sequences.
 
-    `places_T` are their places among the P positions, `rows_T` their sequences' numbers in [0, B).
+    `places_T` are their places among the P positions, `rows_T` their sequences' numbers in [0, B), `within_T` their
+    numbers among all loss positions of their sequence, from 0.
     """
 
     places_T: Tensor
     rows_T: Tensor
+    within_T: Tensor
     labels_T: Tensor
     kinds_T: Tensor
 
@@ -107,10 +109,11 @@ class Batch:
     loss.
     `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
     to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
-    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `lengths_B`
-    are the loss positions of whole sequences. `scores_B` (float64) are the teacher's scores, NaN where there are none.
-    `draw_log_probs_T` and `returns_T` (float64) are those of `Draw`, at the loss positions; zero where there is none.
-    `context` is the number of ranks that the row is cut over.
+    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `prompts_B`
+    and `lengths_B` are the tokens of whole prompts and responses; a response's are its loss positions. `scores_B`
+    (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T` (float64) are those
+    of `Draw`, at the loss positions; zero where there is none. `context` is the number of ranks that the row is cut
+    over.
     """
 
     tokens_P: Tensor
@@ -122,6 +125,7 @@ class Batch:
     kinds_B: Tensor
     sample_ids_B: Tensor
     group_ids_B: Tensor
+    prompts_B: Tensor
     lengths_B: Tensor
     scores_B: Tensor
     draw_log_probs_T: Tensor
@@ -133,7 +137,8 @@ class Batch:
         """The loss positions, in the order that every [T, ...] tensor of this micro-batch has."""
         (places_T,) = self.loss_mask_P.nonzero(as_tuple=True)
         rows_T = torch.searchsorted(self.cu_seqlens // self.context, places_T.int(), right=True) - 1
-        return LossPositions(places_T, rows_T, self.labels_P[places_T], self.kinds_B[rows_T])
+        within_T = self.position_ids_P[places_T] - (self.prompts_B[rows_T] - 1)
+        return LossPositions(places_T, rows_T, within_T, self.labels_P[places_T], self.kinds_B[rows_T])
 
     def counts(self) -> dict[str, int]:
         """The denominators that this micro-batch adds to: `tokens` and `groups`, and for each kind `<kind>_tokens` and
@@ -301,13 +306,11 @@ def collate(
     packed = [tensor_W[own_P] for tensor_W in (tokens_W, labels_W, loss_mask_W, position_ids_W)]
     draws_2T = draws_2W[:, own_P][:, packed[2]]
     integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat],
-                [sample.response_length for sample, _, _ in flat]]
+                [sample.prompt_length for sample, _, _ in flat], [sample.response_length for sample, _, _ in flat]]
     scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64)
     tensors = [*packed, torch.tensor(cu_seqlens, dtype=torch.int32), *map(torch.tensor, integers), scores_B, *draws_2T]
-    (tokens_P, labels_P, loss_mask_P, position_ids_P, starts, kinds_B, sample_ids_B, group_ids_B, lengths_B, scores_B,
-     draw_log_probs_T, returns_T) = (tensor.to(device) for tensor in tensors)
-    return Batch(tokens_P, labels_P, loss_mask_P, position_ids_P, starts, max(lengths), kinds_B, sample_ids_B,
-                 group_ids_B, lengths_B, scores_B, draw_log_probs_T, returns_T, padding.context)
+    tokens_P, labels_P, loss_mask_P, position_ids_P, starts, *others = (tensor.to(device) for tensor in tensors)
+    return Batch(tokens_P, labels_P, loss_mask_P, position_ids_P, starts, max(lengths), *others, padding.context)
 
 
 @dataclass(frozen=True)

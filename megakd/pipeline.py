@@ -54,15 +54,16 @@ def run_recipe(recipe: Recipe, only: Sequence[str] = (), redo: Sequence[str] = (
 def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
     """`run_recipe` in a process that has joined the others already."""
     run = Run(recipe, world)
-    runtime.seed(recipe.seed, run.grid("student", trained=True))
+    stages = [stage for stage in recipe.stages if not only or stage.name in only]
+    trained = any(_trains(stage, "student") for stage in stages)
+    runtime.seed(recipe.seed, run.grid("student", trained=trained))
     if run.is_root:
         recipe.output.mkdir(parents=True, exist_ok=True)
         for name in redo:
             shutil.rmtree(run.folder(name), ignore_errors=True)
         write_text_atomic(recipe.output / "recipe.yaml", dump(recipe))
-    for stage in recipe.stages:
-        if not only or stage.name in only:
-            _run_or_skip(run, stage)
+    for stage in stages:
+        _run_or_skip(run, stage)
 
 
 def _run_or_skip(run: Run, stage: AnyStage) -> None:
@@ -107,8 +108,12 @@ def _plan(run: Run, stage: AnyStage, config: dict[str, Any]) -> dict[str, Any]:
     return {"refused": None, "inputs": inputs, "done": done is not None and stage.kind != "report"}
 
 
+def _trains(stage: AnyStage, role: str) -> bool:
+    return isinstance(stage, TrainStage) and stage.trains == role
+
+
 def _sizes(run: Run, stage: AnyStage, role: str) -> dict[str, int]:
-    layout = run.layout(role, trained=isinstance(stage, TrainStage) and role == stage.trains)
+    layout = run.layout(role, trained=_trains(stage, role))
     return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
 

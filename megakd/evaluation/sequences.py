@@ -66,9 +66,7 @@ def values_by_token(run: Run, model: Model, batches: Sequence[Batch], step: Step
     starts_N = torch.tensor([0, *itertools.accumulate(lengths)], device=run.world.device)
 
     def places(batch: Batch) -> Tensor:
-        rows_T = batch.positions.rows_T
-        within_T = torch.arange(len(rows_T), device=rows_T.device) - torch.searchsorted(rows_T, rows_T)
-        return starts_N[batch.sample_ids_B[rows_T]] + within_T
+        return starts_N[batch.sample_ids_B[batch.positions.rows_T]] + batch.positions.within_T
 
     return _added_up(run, model, batches, sum(lengths), places, values)
 

@@ -13,7 +13,7 @@ from tests.recipes import run_in_pool, tiny_recipe, write_recipe
 
 STAGES = {
     "minillm": {"objective": {"kind": "minillm"},
-                "online": {"every": 4, "passes": 2, "teacher_mix": 0.3, "max_new_tokens": 6, "slots": 4}},
+                "online": {"every": 4, "passes": 2, "teacher_mix": 0.3, "max_new_tokens": 20, "slots": 4}},
     "dpkd": {"objective": {"kind": "dpkd"}, "online": {"every": 2, "max_new_tokens": 6}},
 }
 

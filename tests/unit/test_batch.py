@@ -171,6 +171,9 @@ def test_context_ranks_share_a_row(data_of, count, multiple, context):
         rows_of = [[row + sample.prompt_length - 1 for part in padding.own_rows(sample) for row in part]
                    for sample in flat]
         assert found == [(row, position) for row, own in enumerate(rows_of) for position in own]
+        prompts = [flat[row].prompt_length for row, _ in found]
+        assert positions.within_T.tolist() == [position + 1 - prompt
+                                               for (_, position), prompt in zip(found, prompts, strict=True)]
         assert share.counts() == whole.counts()
         assert torch.equal(share.lengths_B, whole.lengths_B)
     everything = [(row, position) for row, sample in enumerate(flat) for position in range(len(sample.tokens))]

@@ -104,6 +104,10 @@ def test_feed_forward_size_that_does_not_divide(raw, tmp_path):
 
 def test_a_world_that_does_not_divide(raw, tmp_path):
     assert refused(raw, tmp_path, ConfigError, world=3).startswith("student.parallel = 'tensor 2 x pipeline 1")
+    # Where a role is not trained, its context ranks are replicas.
+    raw["student"]["parallel"]["context"] = 4
+    assert refused(raw, tmp_path, ConfigError).startswith("student.parallel = 'tensor 2 x pipeline 1 x context 4'")
+    check_recipe(parse(raw), WORLD, only=["generate", "eval"])
 
 
 def test_a_model_of_an_unknown_family(raw, tmp_path):

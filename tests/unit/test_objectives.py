@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakd.batch import Batch, Draw, Group, Kind, Sample, collate, number_samples
+from megakd.batch import Batch, Draw, Group, Kind, Padding, Sample, collate, number_samples
 from megakd.config_objectives import (
     AdpaObjective,
     CpoObjective,
@@ -393,18 +393,19 @@ def columns_of(batch: Batch) -> torch.Tensor:
     return batch.position_ids_P[batch.positions.places_T]
 
 
-def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
-    """Loss, reported means, d(hidden) and this rank's rows of d(head) over micro-batches that are cut as `cut` says."""
-    group = None if world == 1 else subgroup(tuple(range(world)))
+def run(name: str, cut: list[list[int]], dtype=torch.float32, tp: int = 1, cp: int = 1):
+    """Loss, reported means, d(hidden) and this rank's rows of d(head) over micro-batches that are cut as `cut` says; of
+    the ranks that share sequences (`cp`) each one's part of all four."""
+    group = None if tp == cp == 1 else subgroup(tuple(range(tp * cp)))
     rank = 0 if group is None else dist.get_rank(group)
     objective, groups = build_objective(CONFIGS[name]), make_groups(name)
-    ids = number_samples(groups)
-    batches = [collate([groups[g] for g in part], [ids[g] for g in part], pad_id=0) for part in cut]
+    ids, padding = number_samples(groups), Padding(context=cp, context_rank=rank % cp)
+    batches = [collate([groups[g] for g in part], [ids[g] for g in part], pad_id=0, padding=padding) for part in cut]
     counts: dict[str, int] = {}
     for batch in batches:
         counts = {key: counts.get(key, 0) + value for key, value in batch.counts().items()}
     models = {
-        role: (torch.tensor(hidden, dtype=dtype), torch.tensor(head, dtype=dtype).chunk(world)[rank].clone())
+        role: (torch.tensor(hidden, dtype=dtype), torch.tensor(head, dtype=dtype).chunk(tp)[rank % tp].clone())
         for role, (hidden, head) in make_models().items()
     }
     for tensor in models["student"]:
@@ -416,8 +417,8 @@ def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
         samples_T, columns_T = batch.sample_ids_B[positions.rows_T[wanted_T]], columns_of(batch)[wanted_T]
         return RoleOutput(models[role][0][samples_T, columns_T], models[role][1])
 
-    context = LossContext(group, VOCAB, chunk_tokens=7, counts=counts)
-    loss, means = 0.0, {}
+    context = LossContext(group if tp > 1 else None, VOCAB, 7, counts, group if cp > 1 else None)
+    loss, reported, means = 0.0, 0.0, {}
     for batch in batches:
         teachers = {role: output(role, batch, kinds) for role, kinds in objective.requires.teacher_kinds.items()}
         assert set(teachers) == set(objective.requires.teachers)
@@ -428,12 +429,17 @@ def run(name: str, cut: list[list[int]], dtype=torch.float32, world: int = 1):
             mean = term.values_N.sum() / counts[term.denominator]
             assert term.values_N.requires_grad == (result.loss is None)
             loss = loss + (term.weight * mean if result.loss is None else 0.0)
-            means[term.name] = means.get(term.name, 0.0) + mean.item()
+            mean = term.values_N.sum().item() / context.divisor(term.denominator)
+            means[term.name] = means.get(term.name, 0.0) + mean
+            reported += term.weight * mean
         for metric in result.metrics:
             assert metric.total.dim() == 0 and not metric.total.requires_grad
-            means[metric.name] = means.get(metric.name, 0.0) + metric.total.item() / counts[metric.denominator]
+            mean = metric.total.item() / context.divisor(metric.denominator)
+            means[metric.name] = means.get(metric.name, 0.0) + mean
     loss.backward()
-    return loss.item(), means, *(tensor.grad.double().numpy() for tensor in models["student"])
+    if context.cp_group is None:
+        reported = loss.item()
+    return reported, means, *(tensor.grad.double().numpy() for tensor in models["student"])
 
 
 def compare(found, right, tolerance: float) -> None:
@@ -458,6 +464,17 @@ def test_loss_and_gradient_over_two_ranks(name):
             head = np.concatenate([first[3], second[3]])
             compare((*mine[:3], head), naive(name), 1e-5)
             assert np.array_equal(mine[2], other[2])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradient_over_two_context_ranks(name):
+    for cut in CUTS[:2]:
+        first, second = run_ranks(2, run, name, cut, torch.float64, 1, 2)
+        means = {key: value + second[1][key] for key, value in first[1].items()}
+        hidden, head = (mine + other for mine, other in zip(first[2:], second[2:], strict=True))
+        compare((first[0] + second[0], means, hidden, head), naive(name), 1e-12)
+        assert not np.any((first[2] != 0) & (second[2] != 0)), "a position belongs to one rank"
+        assert first[2].any() and second[2].any()
 
 
 def test_pairs_are_matched_by_group_whatever_the_order_of_the_rows():
