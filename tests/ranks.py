@@ -25,6 +25,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -43,7 +44,8 @@ import torch.distributed as dist
 _START_SECONDS = 180.0
 _GRACE_SECONDS = 1.0  # after a first failure: how long other ranks may take to report theirs
 _POLL_SECONDS = 0.005
-_HEAVY_PACKAGES = ("torch", "megatron", "transformers", "megakd")
+_HEAVY_MODULES = re.compile(r"torch(\.distributed)?|megatron\.core|megakd\..+|transformers\.models\..+\.modeling_\w+")
+"""Importing them brings the rest. Few enough: the server's command line names them all, and its length is limited."""
 
 _pools: dict[tuple[int, str], _Pool] = {}
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -117,7 +119,7 @@ class _Pool:
         # A process that has met CUDA cannot be forked, and an import may be enough.
         context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
         if device != "cuda":
-            context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in _HEAVY_PACKAGES])
+            context.set_forkserver_preload([name for name in sys.modules if _HEAVY_MODULES.fullmatch(name)])
         start = (_start_cuda, _free_port()) if device == "cuda" else (_start_gloo, self.directory)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"

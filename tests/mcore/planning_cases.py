@@ -97,8 +97,8 @@ def setup_of(case: Distillation, world: int, device: str = "cpu") -> TrainingSet
 
 @contextmanager
 def old_objects_aside() -> Iterator[None]:
-    """Has the garbage collector, and with it `tensors`, pass over everything that is there already: a million objects
-    of imported modules."""
+    """Has the garbage collector, and with it `tensors`, pass over everything that is there already: half a million
+    objects of imported modules."""
     gc.collect()
     gc.freeze()
     try:
