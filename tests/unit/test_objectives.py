@@ -474,7 +474,8 @@ def test_loss_and_gradient_over_two_context_ranks(name):
         hidden, head = (mine + other for mine, other in zip(first[2:], second[2:], strict=True))
         compare((first[0] + second[0], means, hidden, head), naive(name), 1e-12)
         assert not np.any((first[2] != 0) & (second[2] != 0)), "a position belongs to one rank"
-        assert first[2].any() and second[2].any()
+        # Of rollouts alone none reaches the last quarter of its filled sequence, nor begins in the first.
+        assert second[2].any() and (first[2].any() or name == "minillm-alone")
 
 
 def test_pairs_are_matched_by_group_whatever_the_order_of_the_rows():
