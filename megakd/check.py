@@ -53,9 +53,10 @@ def check_recipe(recipe: Recipe, world: int, redo: Sequence[str] = (), only: Seq
     check_finished_stages(recipe, redo)
     check_models(recipe)
     check_lists(recipe, partial(architecture_of, recipe))
-    check_rows(recipe)
-    check_evaluation(recipe, tokenizer_of(recipe))
-    check_room(recipe)
+    tokenizer = tokenizer_of(recipe)
+    check_rows(recipe, tokenizer)
+    check_evaluation(recipe, tokenizer)
+    check_room(recipe, tokenizer)
 
 
 def check_output(recipe: Recipe) -> None:
@@ -238,9 +239,8 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(directory_behind(recipe, recipe.reference.model), chat_template=recipe.data.chat_template)
 
 
-def check_rows(recipe: Recipe) -> None:
+def check_rows(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Reads and tokenises the data that the stages need."""
-    tokenizer = tokenizer_of(recipe)
     data = recipe.data
     limits = {"max_length": data.max_length, "too_long": data.too_long}
     trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
@@ -273,7 +273,7 @@ def check_rows(recipe: Recipe) -> None:
         prompts(rows, tokenizer, data.max_length - 1, too_long=data.too_long)
 
 
-def check_room(recipe: Recipe) -> None:
+def check_room(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Refuses to begin when the disk cannot hold the models and signals that are still to be made and the largest
     checkpoint."""
     saved: list[int] = []
@@ -286,7 +286,7 @@ def check_room(recipe: Recipe) -> None:
             if isinstance(stage, TrainStage):
                 trained.append(saved[-1])
     copies = sum(saved) + max(trained, default=0) * CHECKPOINT_COPIES
-    signals = signals_bytes(recipe, tokenizer_of(recipe), partial(architecture_of, recipe))
+    signals = signals_bytes(recipe, tokenizer, partial(architecture_of, recipe))
     what = f"{len(saved)} models and 2 checkpoints" + (f" and {len(signals)} stages of signals" if signals else "")
     require_room(recipe.output, copies * BYTES_PER_PARAMETER + sum(signals.values()), what)
 
