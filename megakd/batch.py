@@ -106,14 +106,13 @@ class Batch:
 
     Sequence b, with its filling, is at `[cu_seqlens[b], cu_seqlens[b + 1])` of the whole row. Where the row had to be
     filled up (`Padding`) that filling is one sequence more in `cu_seqlens` (int32, B + 1 or B + 2 numbers), without
-    loss.
-    `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token belongs
-    to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within the step
-    (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch. `prompts_B`
-    and `lengths_B` are the tokens of whole prompts and responses; a response's are its loss positions. `scores_B`
-    (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T` (float64) are those
-    of `Draw`, at the loss positions; zero where there is none. `context` is the number of ranks that the row is cut
-    over.
+    loss. `labels_P[p]` is the token after `tokens_P[p]` in its sequence; `loss_mask_P` is True where that next token
+    belongs to the response. `position_ids_P` starts at 0 in each sequence. `sample_ids_B` numbers the sequences within
+    the step (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch.
+    `prompts_B` and `lengths_B` are the tokens of whole prompts and responses; a response's are its loss positions.
+    `scores_B` (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T`
+    (float64) are those of `Draw`, at the loss positions; zero where there is none. `context` is the number of ranks
+    that the row is cut over.
     """
 
     tokens_P: Tensor

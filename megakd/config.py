@@ -69,6 +69,10 @@ class Role(Section):
     """With `cuda_graphs`, what rows are filled up to a multiple of; beyond 16 multiples to fewer sizes, an eighth apart
     at most. Smaller: less filling, more recordings."""
 
+    def cut(self, *, trained: bool) -> Parallel:
+        """How its model is cut where it is trained, or where it only runs forward."""
+        return self.parallel if trained else self.parallel.forward
+
 
 class Precision(Section):
     """Arithmetic of the model's layers; losses and optimizer states are float32. What the settings mean and what they

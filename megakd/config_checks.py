@@ -34,6 +34,11 @@ def roles_of(stage: AnyStage) -> tuple[str, ...]:
     return tuple(role for role in ("student", "teacher", "reference") if role == "student" or role in roles)
 
 
+def trains(stage: AnyStage, role: str) -> bool:
+    """Whether a stage trains a model in a role's layout."""
+    return isinstance(stage, TrainStage) and stage.trains == role
+
+
 def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     """Checks the layouts of all stages, or of those in `only`, against the number of ranks and what they do in them.
 
@@ -42,9 +47,7 @@ def check_world(recipe: Recipe, world: int, only: Sequence[str] = ()) -> None:
     """
     stages = [stage for stage in recipe.stages if not only or stage.name in only]
     for name in ("student", "teacher", "reference"):
-        trained = any(isinstance(stage, TrainStage) and stage.trains == name for stage in stages)
-        parallel = recipe.role(name).parallel
-        parallel = parallel if trained else parallel.forward
+        parallel = recipe.role(name).cut(trained=any(trains(stage, name) for stage in stages))
         if any(name in roles_of(stage) for stage in stages) and world % parallel.ranks != 0:
             raise ConfigError(
                 f"{name}.parallel",
@@ -73,7 +76,7 @@ def _check_global_batch(recipe: Recipe, stage: TrainStage, world: int) -> None:
     online = [role for role in stage.objective.roles if role not in stage.signals.stages]
     for name in (stage.trains, *online):
         role = recipe.role(name)
-        parallel = role.parallel if name == stage.trains else role.parallel.forward
+        parallel = role.cut(trained=trains(stage, name))
         multiples[name] = batch_multiple(parallel, role.micro_batch, world)
         data = world // parallel.ranks
         rules[name] = f"{name}'s data-parallel size {data} x {name}.micro_batch {role.micro_batch}"

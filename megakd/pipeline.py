@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megakd import interruption
 from megakd.comm import broadcast_json
 from megakd.config import Recipe, dump
-from megakd.config_checks import roles_of
-from megakd.config_stages import AnyStage, TrainStage
+from megakd.config_checks import roles_of, trains
+from megakd.config_stages import AnyStage
 from megakd.disk import write_text_atomic
 from megakd.errors import MegakdError
 from megakd.gpus import TRACES
@@ -55,7 +55,7 @@ def run_stages(recipe: Recipe, world: World, only: Sequence[str] = (), redo: Seq
     """`run_recipe` in a process that has joined the others already."""
     run = Run(recipe, world)
     stages = [stage for stage in recipe.stages if not only or stage.name in only]
-    trained = any(_trains(stage, "student") for stage in stages)
+    trained = any(trains(stage, "student") for stage in stages)
     runtime.seed(recipe.seed, run.grid("student", trained=trained))
     if run.is_root:
         recipe.output.mkdir(parents=True, exist_ok=True)
@@ -108,12 +108,8 @@ def _plan(run: Run, stage: AnyStage, config: dict[str, Any]) -> dict[str, Any]:
     return {"refused": None, "inputs": inputs, "done": done is not None and stage.kind != "report"}
 
 
-def _trains(stage: AnyStage, role: str) -> bool:
-    return isinstance(stage, TrainStage) and stage.trains == role
-
-
 def _sizes(run: Run, stage: AnyStage, role: str) -> dict[str, int]:
-    layout = run.layout(role, trained=_trains(stage, role))
+    layout = run.layout(role, trained=trains(stage, role))
     return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
 

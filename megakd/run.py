@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megakd.batch import Batch, Kind, Step
 from megakd.check import tokenizer_of
-from megakd.config import Parallel, Recipe, Role
+from megakd.config import Recipe, Role
 from megakd.data.dataset import read_rows
 from megakd.data.readers import PreferenceRow
 from megakd.data.tokenizers import Tokenizer
@@ -71,12 +71,8 @@ class Run:
 
     def layout(self, role: str, *, trained: bool = False) -> Layout:
         """A role's layout over this run's world, where it is trained or where it only runs forward."""
-        parallel = self._parallel(role, trained)
+        parallel = self.recipe.role(role).cut(trained=trained)
         return Layout(self.world.size, parallel.tensor, parallel.pipeline, parallel.context)
-
-    def _parallel(self, role: str, trained: bool) -> Parallel:
-        parallel = self.recipe.role(role).parallel
-        return parallel if trained else parallel.forward
 
     def grid(self, role: str, *, trained: bool = False) -> Grid:
         """The process groups of `layout`. Collective over the world at the first call for a layout."""
@@ -94,7 +90,7 @@ class Run:
         if use == "copy":
             precision = precision.model_copy(update={"fp8_weights": "none"})
         model = build_model(
-            path, Architecture.read(path), self._parallel(role, trained), settings.recompute, precision,
+            path, Architecture.read(path), settings.cut(trained=trained), settings.recompute, precision,
             self.grid(role, trained=trained), self.world.device, trained=trained,
         )
         if settings.cuda_graphs and use == "forward":

@@ -124,7 +124,8 @@ class LossContext:
     def divisor(self, denominator: str) -> int:
         """What a reported sum is divided by, so that the quotients of all ranks and micro-batches add up to the mean.
 
-        Each context rank has tokens of its own, but all have the same sequences and groups.
+        Each context rank has tokens of its own, but all have the same sequences and groups: the counts of tokens, and
+        no others, have names that end so (`Batch.counts`).
         """
         alike = self.cp_group is not None and not denominator.endswith("tokens")
         return max(1, self.counts[denominator]) * (dist.get_world_size(self.cp_group) if alike else 1)

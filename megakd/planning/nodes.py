@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megakd.config import Recipe
-from megakd.config_checks import check_world, roles_of
-from megakd.config_stages import AnyStage, TrainStage
+from megakd.config_checks import check_world, roles_of, trains
+from megakd.config_stages import AnyStage
 from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
 
@@ -64,9 +64,7 @@ def check_nodes(recipe: Recipe, stages: Sequence[AnyStage], nodes: int, ranks_pe
     world = nodes * ranks_per_node
     for stage in stages:
         for role in roles_of(stage):
-            cut = recipe.role(role).parallel
-            if not isinstance(stage, TrainStage) or role != stage.trains:
-                cut = cut.forward
+            cut = recipe.role(role).cut(trained=trains(stage, role))
             if cut.ranks > world:
                 least = -(-cut.ranks // ranks_per_node)
                 rule = (f"{nodes} x {ranks_per_node} = {world} ranks are fewer than one copy of the {role} takes in "

@@ -91,8 +91,7 @@ def role_setup(recipe: Recipe, role: str, architecture: Architecture, world: int
                trained: bool = False) -> RoleSetup:
     """A model in a role's layout, that is trained or only runs forward."""
     settings = recipe.role(role)
-    parallel = settings.parallel if trained else settings.parallel.forward
-    return RoleSetup(architecture, parallel, world, settings.micro_batch, settings.recompute,
+    return RoleSetup(architecture, settings.cut(trained=trained), world, settings.micro_batch, settings.recompute,
                      recipe.precision.holds_fp8_weights(trained=trained))
 
 
