@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megakd.batch import Padding
 from megakd.mcore.fp8_emulation import Emulation, RoundingColumnParallelLinear, RoundingRowParallelLinear
 from megakd.rollout.cache import KVCache
 
@@ -97,25 +99,24 @@ class CachedAttention(nn.Module):
     def _across_ranks(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, lengths: Sequence[int]
     ) -> Tensor:
-        """Attention of this rank's two parts of each sequence to all that comes before them (`Padding.own`)."""
-        ranks, rank = self.context, dist.get_rank(self.cp_group)
+        """Attention of this rank's parts of each sequence to all that comes before them."""
+        padding = Padding(context=self.context, context_rank=dist.get_rank(self.cp_group))
         both_WBGE = gather_from_sequence_parallel_region(
             torch.cat([key_SBGD, value_SBGD], dim=-1), tensor_parallel_output_grad=True, group=self.cp_group
         )
-        both_WBGE = both_WBGE[sequence_order(lengths, ranks).to(both_WBGE.device)]
+        both_WBGE = both_WBGE[_sequence_order(lengths, self.context).to(both_WBGE.device)]
         grouped = query_SBND.shape[2] != key_SBGD.shape[2]
         contexts, own, start = [], 0, 0
         for length in lengths:
-            part = length // (2 * ranks)
-            for number in (rank, 2 * ranks - 1 - rank):
-                query = query_SBND[own : own + part].permute(1, 2, 0, 3)
-                key, value = both_WBGE[start : start + (number + 1) * part].permute(1, 2, 0, 3).chunk(2, dim=-1)
-                seen_SS = torch.ones(part, (number + 1) * part, dtype=torch.bool, device=query.device)
+            for part in padding.own(length):
+                query = query_SBND[own : own + len(part)].permute(1, 2, 0, 3)
+                key, value = both_WBGE[start : start + part.stop].permute(1, 2, 0, 3).chunk(2, dim=-1)
+                seen_SS = torch.ones(len(part), part.stop, dtype=torch.bool, device=query.device).tril(part.start)
                 context = nn.functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask=seen_SS.tril(number * part), enable_gqa=grouped
+                    query, key, value, attn_mask=seen_SS, enable_gqa=grouped
                 )
                 contexts.append(context.permute(2, 0, 1, 3))
-                own += part
+                own += len(part)
             start += length
         return torch.cat(contexts).flatten(2)
 
@@ -163,28 +164,23 @@ class CachedTEAttention(nn.Module):
         query, key, value = (tensor.squeeze(1) for tensor in (query_SBND, key_SBGD, value_SBGD))
         packed = replace(packed_seq_params, qkv_format="thd")
         if self.inner.config.context_parallel_size > 1:
-            # It asks for them under context parallelism. Filling counts as tokens: none that follows it sees it.
+            # It asks for them under context parallelism. Filling counts as tokens: at a sequence's end none sees it.
             packed = replace(packed, cu_seqlens_q_padded=packed.cu_seqlens_q, cu_seqlens_kv_padded=packed.cu_seqlens_kv)
         return self.inner(query, key, value, *args, packed_seq_params=packed, **kwargs).view(len(query), 1, -1)
 
 
-def sequence_order(lengths: Sequence[int], ranks: int) -> Tensor:
+def _sequence_order(lengths: Sequence[int], ranks: int) -> Tensor:
     """Where each position of a whole row [W] stands among the context ranks' shares, one rank's after the other's.
 
     Args:
         lengths: of the row's sequences, with their filling.
         ranks: that the row is cut over (`Padding.own`).
     """
-    order, start = [], 0
-    for length in lengths:
-        part = length // (2 * ranks)
-        for number in range(2 * ranks):
-            late = number >= ranks
-            rank = 2 * ranks - 1 - number if late else number
-            first = (rank * sum(lengths) + start) // ranks + late * part
-            order.append(torch.arange(first, first + part))
-        start += length
-    return torch.cat(order)
+    starts = [0, *accumulate(lengths)]
+    shares = [torch.arange(start + part.start, start + part.stop) for rank in range(ranks)
+              for start, length in zip(starts, lengths, strict=False)
+              for part in Padding(context=ranks, context_rank=rank).own(length)]
+    return torch.cat(shares).argsort()
 
 
 def packed_sequences(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
@@ -253,6 +249,5 @@ __all__ = [
     "attention_of",
     "local_block",
     "packed_sequences",
-    "sequence_order",
     "transformer_engine_block",
 ]
