@@ -55,7 +55,7 @@ class AnsweringStage(Stage):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(512, ge=1)
     slots: int = Field(32, ge=1)
-    """Sequences that decode together on one copy of the model."""
+    """Rows of a decoding pass on one copy of the model; as many passes are under way as it has pipeline stages."""
 
 
 class CommandJudge(Section):

@@ -137,7 +137,7 @@ class GenerateStage(Stage):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(128, ge=1)
     slots: int = Field(32, ge=1)
-    """Sequences that decode together on one copy of the model."""
+    """Rows of a decoding pass on one copy of the model; as many passes are under way as it has pipeline stages."""
 
     @property
     def answers(self) -> int:

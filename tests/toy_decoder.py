@@ -48,30 +48,28 @@ class ToyDecoder:
         self.stage, self.stages = (0, 1) if pp_group is None else (dist.get_rank(pp_group), pp_group.size())
         self.layers = every_layer[self.stage * layers // self.stages : (self.stage + 1) * layers // self.stages]
         self.tp_group, self.pp_group = tp_group, pp_group
-        self.is_first_stage, self.is_last_stage = self.stage == 0, self.stage == self.stages - 1
-        self.head_VH = whole_head.chunk(tensor_size)[tensor_rank] if self.is_last_stage else None
+        self.parts = self.stages
+        self.head_VH = whole_head.chunk(tensor_size)[tensor_rank] if self.stage == self.stages - 1 else None
         self.vocab_size, self.context_length = VOCAB, context_length
         self.batches: list[tuple[int, int]] = []  # shape of each forward pass
 
     def new_cache(self, slots: int, max_length: int) -> KVCache:
         return KVCache(len(self.layers), slots, max_length, GROUPS, WIDTH, dtype=torch.float32, device="cpu")
 
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor | None:
+    def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
+            hidden_SBH: Tensor | None) -> Tensor:
+        assert part == self.stage
         self.batches.append(tuple(tokens_BS.shape))
-        if self.is_first_stage:
-            hidden_BSH = self.embedding[tokens_BS]
-        else:
-            hidden_BSH = torch.empty(*tokens_BS.shape, HIDDEN)
-            dist.recv(hidden_BSH, group=self.pp_group, group_src=self.stage - 1)
+        hidden_BSH = self.embedding[tokens_BS] if hidden_SBH is None else hidden_SBH.transpose(0, 1)
 
         def attend(layer, *heads_BSNd):
             return cache.attend(layer, *(heads.transpose(0, 1) for heads in heads_BSNd)).transpose(0, 1)
 
         hidden_BSH = self.run_layers(hidden_BSH, position_ids_BS, attend)
-        if self.is_last_stage:
-            return _norm(hidden_BSH)
-        dist.send(hidden_BSH.contiguous(), group=self.pp_group, group_dst=self.stage + 1)
-        return None
+        return (_norm(hidden_BSH) if self.stage == self.stages - 1 else hidden_BSH).transpose(0, 1)
+
+    def room_for(self, tokens_BS: Tensor) -> Tensor:
+        return torch.empty(*tokens_BS.T.shape, HIDDEN)
 
     def run_layers(self, hidden_BSH: Tensor, position_ids_BS: Tensor, attend) -> Tensor:
         batch, columns, _ = hidden_BSH.shape

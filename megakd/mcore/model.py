@@ -369,10 +369,9 @@ def _sequence_cuts(model: Model) -> list[tuple[object, str]]:
 
 
 class PipelineDecoder:
-    """What the rollout engine sees of a model: one forward over all pipeline stages with a key/value cache.
+    """What the rollout engine sees of a model (`rollout.ring.Decoder`): its parts are the chunks of all stages.
 
-    The chunks of a virtual pipeline run in their order around the ring of stages. A token cannot be cut: a model under
-    sequence parallelism decodes without it.
+    A token cannot be cut: a model under sequence parallelism decodes without it.
     """
 
     def __init__(self, model: Model, longest: int):
@@ -381,8 +380,8 @@ class PipelineDecoder:
         self.cuts = _sequence_cuts(model)
         self.tp_group = model.grid.groups.tp
         self.pp_group = model.grid.groups.pp
-        self.is_first_stage = model.grid.is_first_stage
-        self.is_last_stage = model.grid.is_last_stage
+        self.stage, self.stages = model.grid.at.pipeline, model.grid.layout.pipeline
+        self.parts = self.stages * len(model.chunks)
         self.vocab_size = model.architecture.vocab_size
         self.context_length = min(longest, model.architecture.max_positions)
 
@@ -408,24 +407,12 @@ class PipelineDecoder:
         )
 
     @torch.no_grad()
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor | None:
-        """Runs every stage; returns hidden [B, S, H] on the last stage, None elsewhere.
-
-        Collectives: point-to-point sends over the pipeline group, and the layers' own over the tensor group.
-        """
-        stage, stages = self.model.grid.at.pipeline, self.model.grid.layout.pipeline
-        hidden_SBH = None
-        for virtual, chunk in enumerate(map(unwrap, self.model.chunks)):
-            first, last = self.model.shards[virtual].embedding, self.model.shards[virtual].head
-            if not first:
-                hidden_SBH = self._receive(tokens_BS.shape, (stage - 1) % stages)
-                chunk.set_input_tensor(hidden_SBH)
-            hidden_SBH = self._run(chunk, tokens_BS, position_ids_BS, cache)
-            if not last:
-                dist.send(hidden_SBH.contiguous(), group=self.pp_group, group_dst=(stage + 1) % stages)
-        return hidden_SBH.transpose(0, 1) if self.is_last_stage else None
-
-    def _run(self, chunk: HiddenGPT, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor:
+    def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
+            hidden_SBH: Tensor | None) -> Tensor:
+        """Runs one of this rank's parts (`rollout.ring.Decoder`). Collectives: the layers' own over the tensor
+        group."""
+        chunk = unwrap(self.model.chunks[part // self.stages])
+        chunk.set_input_tensor(hidden_SBH)
         for layer in chunk.decoder.layers:
             attention_of(layer).cache = cache
         for owner, name in self.cuts:
@@ -437,10 +424,9 @@ class PipelineDecoder:
                 setattr(owner, name, True)
             for layer in chunk.decoder.layers:
                 attention_of(layer).cache = None
+            chunk.set_input_tensor(None)  # it would keep the memory until its next pass
 
-    def _receive(self, shape_BS: torch.Size, source: int) -> Tensor:
-        rows, width = shape_BS
-        device = next(self.model.chunks[0].parameters()).device
-        hidden_SBH = torch.empty(width, rows, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
-        dist.recv(hidden_SBH, group=self.pp_group, group_src=source)
-        return hidden_SBH
+    def room_for(self, tokens_BS: Tensor) -> Tensor:
+        """Memory for hidden [S, B, H]."""
+        rows, width = tokens_BS.shape
+        return torch.empty(width, rows, self.model.config.hidden_size, dtype=self.model.dtype, device=tokens_BS.device)

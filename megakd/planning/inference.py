@@ -4,10 +4,11 @@ Both follow the code that does it: `rollout/engine.py` with `rollout/cache.py` a
 `teacher/scoring.py`. Memory and messages are held to it by tests/mcore/test_planning_inference.py; the times are
 arithmetic that has not been compared with a clock.
 
-How slots drain. A replica has N answers of m tokens in the mean, the longest of l, and s slots (N where that is less).
-A free slot is given to the next answer, so the slots stay full until the last s answers are under way, and these end
-with the longest: N m / s + l - m rounds. That is exact for answers of one length, and where every answer has a slot;
-otherwise it supposes that the longest answer is among the last. All rounds together have N m rows.
+How slots drain. A replica has N answers of m tokens in the mean, the longest of l, and s slots in all (N where that is
+less): those of a pass for each of its pipeline stages. A free slot is given to the next answer, so the slots stay full
+until the last s answers are under way, and these end with the longest: N m / s + l - m rounds, in each of which every
+row is given a token. That is exact for answers of one length, and where every answer has a slot; otherwise it supposes
+that the longest answer is among the last. All rounds together have N m rows.
 
 Legend: h hidden, f MLP width, k key heads x head size, V columns of the head; all on one rank.
 """
@@ -57,7 +58,7 @@ class Generation:
 
     role: RoleSetup
     slots: int
-    """Rows that a replica decodes at a time."""
+    """Rows of a forward pass; a replica has as many passes under way as pipeline stages."""
     prompts: int
     """Of all replicas."""
     n: int
@@ -81,13 +82,23 @@ class Generation:
 
     @property
     def rows(self) -> int:
+        """Of a forward pass when most slots are in use."""
+        return min(self.slots, math.ceil(self.answers / self.role.parallel.pipeline))
+
+    @property
+    def companies(self) -> int:
+        """Forward passes under way, each with rows and a cache of its own."""
+        return min(self.role.parallel.pipeline, math.ceil(self.answers / self.rows))
+
+    @property
+    def live(self) -> int:
         """Slots that are in use when most are."""
-        return min(self.slots, self.answers)
+        return min(self.companies * self.rows, self.answers)
 
     @property
     def rounds(self) -> float:
         """Tokens that the rows are given one after the other (see the file's top)."""
-        return self.answers * self.mean.answer / self.rows + self.longest.answer - self.mean.answer
+        return self.answers * self.mean.answer / self.live + self.longest.answer - self.mean.answer
 
     @property
     def positions(self) -> float:
@@ -156,16 +167,19 @@ def generation_memory(task: Generation, pipeline_rank: int) -> Memory:
     widths = layer_widths(role.architecture, role.parallel.tensor)
     kept = _weights(task, setup, pipeline_rank)
     layers = sum(shard.layers for shard in role.shards(pipeline_rank, setup.spec))
-    kept["keys and values"] = 2 * layers * task.rows * widths.key * task.positions * setup.parameter_bytes
-    # Which of a row's positions each query head of a group may see, and the same once more for the group's heads.
-    mask = task.rows * task.positions * (1 + widths.heads * widths.head_dim // widths.key) * setup.parameter_bytes
+    rows = task.companies * task.rows
+    kept["keys and values"] = 2 * layers * rows * widths.key * task.positions * setup.parameter_bytes
+    # Which of a row's positions each query head of a group may see, kept until these rows' next pass, and the same once
+    # more for the group's heads, of the rows that pass.
+    kept_mask, heads = rows * task.positions * setup.parameter_bytes, widths.heads * widths.head_dim // widths.key
+    mask = kept_mask + task.rows * task.positions * heads * setup.parameter_bytes
     phases = {"prefill": {"forward": forward_bytes(setup, role, task.prefill_tokens, streams=4)},
               "decode": {"forward": forward_bytes(setup, role, task.rows, streams=4), "mask": mask}}
     if pipeline_rank == role.parallel.pipeline - 1:
         drawn = _drawing_bytes(task)
         hidden = task.prefill_tokens * widths.hidden * setup.parameter_bytes
         phases["first tokens"] = {"hidden states": hidden, "logits": drawn}
-        phases["next tokens"] = {"mask": mask / 2, "logits": drawn}
+        phases["next tokens"] = {"mask": kept_mask, "logits": drawn}
     return Memory(kept, phases)
 
 
@@ -211,32 +225,37 @@ def generation_traffic(task: Generation, pipeline_rank: int, tokens: float, rows
 def generation_time(cluster: Cluster, task: Generation) -> StepTime:
     """Seconds of the whole stage on the replica with most answers, without loading the model: prefill and decode.
 
-    A decoding round reads all weights, and the keys and values of its rows up to the position of the longest one; its
-    products and its collectives are those of as many positions as rows. Pipeline stages wait for each other.
+    A pass of decoding reads all weights, and the keys and values of its rows up to the position of the longest one; its
+    products and its collectives are those of as many positions as rows. Passes that are under way together take as long
+    as one of them, or as the slowest stage takes for each of them.
     """
+    def together(tokens: float, rows: float, **attended: float) -> float:
+        stages = _stage_seconds(cluster, task, tokens, rows, **attended)
+        return max(sum(stages), task.companies * max(stages))
+
     passes, prompts = _prefills(task)
     tokens = min(prompts * task.mean.prompt, max(PREFILL_TOKENS, task.longest.prompt))
-    prefill = passes * _pass_seconds(cluster, task, tokens, min(prompts * task.n, task.rows),
-                                     pairs=tokens * (task.mean.prompt + 1) / 2, read=0.0)
-    live = task.answers * task.mean.answer / task.rounds
+    prefill = passes / task.companies * together(tokens, min(prompts * task.n, task.rows),
+                                                 pairs=tokens * (task.mean.prompt + 1) / 2, read=0.0)
+    rows = task.answers * task.mean.answer / task.rounds / task.companies
     # The longest row: of the first answers it grows to the longest answer, later it is near that.
     longest = task.mean.prompt + task.longest.answer * (1 - task.longest.answer / (2 * task.rounds))
     # A query for each row; the first token of an answer comes from the prefill.
     share = max(0.0, 1 - 1 / task.mean.answer)
-    decode = task.rounds * share * _pass_seconds(cluster, task, live, live, pairs=live * longest, read=live * longest)
+    decode = task.rounds * share * together(rows, rows, pairs=rows * longest, read=rows * longest)
     return StepTime({"prefill": prefill, "decode": decode})
 
 
 def _prefills(task: Generation) -> tuple[float, float]:
     """Forward passes over prompts, and the prompts of each.
 
-    First the slots are filled. Then an answer ends in a round with the chance 1 / mean length, row by row: of the
-    rounds in which any ends, each has the mean number of those that end in it. A prompt is read once a pass.
+    First the slots are filled. Then an answer ends in a decoding pass with the chance 1 / mean length, row by row: of
+    the passes in which any ends, each has the mean number of those that end in it. A prompt is read once a pass.
     """
-    first = math.ceil(task.rows / task.n)
+    first = task.companies * math.ceil(task.rows / task.n)
     together = max(1, int(PREFILL_TOKENS // task.mean.prompt))
-    passes, read = math.ceil(first / together), float(first)
-    later = task.answers - task.rows
+    passes, read = task.companies * math.ceil(first / task.companies / together), float(first)
+    later = task.answers - task.live
     if later > 0:
         rate = task.rows / task.mean.answer
         ending = rate / -math.expm1(-rate)
@@ -246,9 +265,9 @@ def _prefills(task: Generation) -> tuple[float, float]:
     return passes, read / passes
 
 
-def _pass_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, *, pairs: float,
-                  read: float) -> float:
-    """One forward pass over all stages, one after the other, and the draw of a token for each of `rows`.
+def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, *, pairs: float,
+                   read: float) -> list[float]:
+    """A forward pass on each stage, on the last with the draw of a token for each of `rows`.
 
     Args:
         cluster: what it runs on.
@@ -267,16 +286,17 @@ def _pass_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float
              + max(attention_seconds(cluster, widths, pairs, pairs / tokens), cached)
              + passes_seconds(cluster, setup, widths, tokens, 1))
     layer += waiting_for_calls(setup, cluster.device.layer_forward_us * 1e-6, layer)
-    total = role.architecture.layers * layer
-    for stage in range(role.parallel.pipeline):
-        total += sum(call_seconds(cluster, call, link_of(cluster, role, call.axis))
+    seconds = [sum(shard.layers for shard in role.shards(stage, setup.spec)) * layer
+               + sum(call_seconds(cluster, call, link_of(cluster, role, call.axis))
                      for call in generation_traffic(task, stage, tokens, rows) if call.operation != "receive")
+               for stage in range(role.parallel.pipeline)]
     columns = head_columns(role.architecture, role.parallel.tensor)
     head = products_seconds(cluster, "fp32" if task.dtype == "fp32" else "bf16", rows, [(widths.hidden, columns)])
     # Every number that a draw makes is written once and read once.
     drawn = 2 * rows * columns * (NOISE_BYTES if task.sampled else GREEDY_BYTES) / memory
     tell = 0.0 if role.parallel.pipeline == 1 else link_of(cluster, role, "pipeline").latency_us * 1e-6
-    return total + head + drawn + tell
+    seconds[-1] += head + drawn + tell
+    return seconds
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

@@ -4,6 +4,10 @@ Every rank of the model (its tensor x pipeline group) runs `generate` with the s
 tokens and their log-probabilities go to the other stages in one small broadcast a forward pass. All decisions (who is
 admitted, who has finished) are taken from those tokens, so that every rank takes the same ones.
 
+The next token of a row is drawn after its last one, so rows that decode together keep one stage of a pipeline busy at a
+time. Hence there are as many such companies as stages, their passes a tick apart on the same ring; a stage has the keys
+and values of its own layers alone, so all companies' caches together are as large as one of a model without a pipeline.
+
 A response depends on (seed, sample id, index) alone. The noise does so exactly; the logits do so up to the rounding of
 matrix products, which can differ between batch shapes and between layouts: two tokens whose scores tie within rounding
 can swap.
@@ -13,48 +17,25 @@ Legend: B rows of a forward pass, S tokens of a row, H hidden width, V local voc
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megakd.errors import ConfigError, ModelError
 from megakd.rollout.cache import KVCache
+from megakd.rollout.ring import Decoder, Pass, Ring
 from megakd.rollout.sampling import Sampling, noise_keys, sample
 
 PREFILL_TOKENS = 4096
 """Prompt tokens, padding included, of one forward pass (or one prompt, where that is longer): enough to keep a device
 busy, and a bound on the activations whatever `slots` is."""
-
-
-class Decoder(Protocol):
-    """One rank's part of a model, as `generate` sees it."""
-
-    tp_group: ProcessGroup | None
-    pp_group: ProcessGroup | None
-    is_first_stage: bool
-    is_last_stage: bool
-    head_VH: Tensor | None
-    """The LM head's local rows, on the last stage."""
-    vocab_size: int
-    context_length: int
-
-    def new_cache(self, slots: int, max_length: int) -> KVCache:
-        """A cache for this rank's layers and key/value groups."""
-        ...
-
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache) -> Tensor | None:
-        """Runs all stages; each layer's attention is `cache.attend`.
-
-        Returns:
-            hidden_BSH after the final norm on every tensor rank of the last stage, whole in S and H; None elsewhere.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Rollout:
 
 
 Progress = Callable[[int, int, int], None]
-"""Called after each round with: responses finished, responses asked for, tokens generated so far."""
+"""Called after each forward pass with: responses finished, responses asked for, tokens generated so far."""
 
 
 @torch.no_grad()
@@ -94,14 +75,14 @@ def generate(
 ) -> list[Rollout]:
     """Responds to each prompt `sampling.n` times.
 
-    Collectives: those of `decoder.forward` and of `sampling.sample`, and one broadcast of B x 2 numbers over
-    `decoder.pp_group` a forward pass.
+    Collectives: those of `Ring` and of `sampling.sample`, and one broadcast of B x 2 numbers over `decoder.pp_group` a
+    forward pass.
 
     Args:
         decoder: this rank's part of the model.
         prompts: the same on every rank of the model; data-parallel replicas are given different ones.
         sampling: how to draw, and when to stop.
-        slots: rows that decode at a time.
+        slots: rows of a forward pass; as many passes are under way as the model has stages.
         pad_id: token written on the padding of prompts; never attended to by a real token.
         progress: called alike on every rank.
 
@@ -117,10 +98,7 @@ def generate(
         return []
     run = _Run(decoder, prompts, sampling, slots, pad_id)
     total = len(run.queue)
-    while run.queue or run.rows:
-        run.admit()
-        if run.rows:
-            run.decode()
+    for _ in run.passes():
         if progress is not None:
             progress(len(run.finished), total, run.generated)
     return [run.finished[prompt.sample_id, index] for prompt in prompts for index in range(sampling.n)]
@@ -170,29 +148,127 @@ class Row:
         return len(self.prompt.tokens) + len(self.tokens) - 1
 
 
+@dataclass
+class _Step:
+    """A forward pass over some of a company's rows, and who is given a token by it."""
+
+    forward: Pass
+    rows: list[Row]
+    receivers: list[int]
+    """The rows' slots."""
+    places: list[tuple[int, int]]
+    """Each one's newest token, by row and column of the pass."""
+
+
 class _Run:
-    """The state of one `generate`: row number i of `rows` has cache slot i, so that live slots are always 0, 1, ..."""
+    """The state of one `generate`."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], sampling: Sampling, slots: int, pad_id: int):
-        self.decoder, self.sampling, self.pad_id = decoder, sampling, pad_id
+        self.decoder, self.sampling = decoder, sampling
         # Longest first: neighbours in the queue are of like length and pad each other little, and what does not fit in
         # memory shows at once.
         longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
         self.queue = deque(
             Row(prompt, index, min(sampling.max_new_tokens, decoder.context_length - len(prompt.tokens)))
             for prompt in longest_first for index in range(sampling.n))
-        self.slots = min(slots, len(self.queue))
-        self.cache = decoder.new_cache(self.slots, max(len(row.prompt.tokens) + row.limit for row in self.queue))
-        self.rows: list[Row | None] = []  # None: finished, its slot is free
         self.finished: dict[tuple[int, int], Rollout] = {}
         self.generated = 0
+        length = max(len(row.prompt.tokens) + row.limit for row in self.queue)
+        # Shared out evenly, as a company of few rows takes a stage no less time than one of some more.
+        each = min(slots, math.ceil(len(self.queue) / decoder.stages))
+        self.companies = [_Company(self.queue, decoder.new_cache(each, length), pad_id)
+                          for _ in range(min(decoder.stages, math.ceil(len(self.queue) / each)))]
 
-    def admit(self) -> None:
+    def passes(self) -> Iterator[None]:
+        """Runs everything; stops after each forward pass.
+
+        Company c begins a pass in ticks that are c more than a multiple of the stages. A pass takes a tick for each
+        part, which are a multiple of the stages, too. So the company can begin its next pass in the tick after, and of
+        all companies' passes no two are due on one stage.
+        """
+        ring = Ring(self.decoder)
+        going = {number: company.steps() for number, company in enumerate(self.companies)}
+        under_way: dict[int, _Step] = {}
+        for tick in itertools.count():
+            number = tick % self.decoder.stages
+            if number in going and number not in under_way:
+                step = next(going[number], None)
+                if step is None:
+                    del going[number]
+                    if not going:
+                        return
+                else:
+                    under_way[number] = step
+            ring.tick([step.forward for step in under_way.values()])
+            for number, step in list(under_way.items()):
+                if step.forward.part == self.decoder.parts:
+                    del under_way[number]
+                    self._receive(self.companies[number], step.receivers, self._draw(step))
+                    yield
+
+    def _draw(self, step: _Step) -> list[tuple[float, float]]:
+        """Token and log-probability for each receiver, the same on every rank."""
+        device = step.forward.cache.device
+        if self.decoder.stage == self.decoder.stages - 1:
+            numbers, columns = torch.tensor(step.places, device=device).unbind(1)
+            tokens_B, log_probs_B = self._sample(step.forward.hidden_SBH[columns, numbers], step.rows)
+            drawn_2B = torch.stack([tokens_B.double(), log_probs_B.double()])  # float64 holds both exactly
+        else:
+            drawn_2B = torch.empty((2, len(step.rows)), dtype=torch.float64, device=device)
+        if self.decoder.stages > 1:
+            dist.broadcast(drawn_2B, group=self.decoder.pp_group, group_src=self.decoder.stages - 1)
+        return list(zip(*drawn_2B.tolist(), strict=True))
+
+    def _sample(self, hidden_BH: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """tokens_B and log_probs_B of the rows' next tokens."""
+        ids_B, indices_B, steps_B = torch.tensor(
+            [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=hidden_BH.device).unbind(1)
+        keys_B = noise_keys(self.sampling.seed, ids_B, indices_B, steps_B)
+        return sample(logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B,
+                      tp_group=self.decoder.tp_group, vocab_size=self.decoder.vocab_size)
+
+    def _receive(self, company: _Company, receivers: list[int], drawn: list[tuple[float, float]]) -> None:
+        """Adds a token to each receiver's row, and frees the slot if the token is the row's last."""
+        for slot, (drawn_token, log_prob) in zip(receivers, drawn, strict=True):
+            row, token = company.rows[slot], int(drawn_token)
+            if not -torch.inf < log_prob < torch.inf:
+                raise ModelError(
+                    f"non-finite logits at token {len(row.tokens)} of response {row.index} to sample "
+                    f"{row.prompt.sample_id}: the model's weights or activations are not finite")
+            row.tokens.append(token)
+            row.log_probs.append(log_prob)
+            self.generated += 1
+            if token in self.sampling.stop_ids or len(row.tokens) == row.limit:
+                self.finished[row.prompt.sample_id, row.index] = Rollout(
+                    row.prompt.sample_id, row.index, tuple(row.tokens), tuple(row.log_probs),
+                    "stop" if token in self.sampling.stop_ids else "length")
+                company.rows[slot] = None
+
+
+class _Company:
+    """Rows that decode together: row number i of `rows` has cache slot i, so that live slots are always 0, 1, ..."""
+
+    def __init__(self, queue: deque[Row], cache: KVCache, pad_id: int):
+        self.queue, self.cache, self.pad_id = queue, cache, pad_id
+        self.rows: list[Row | None] = []  # None: finished, its slot is free
+
+    def steps(self) -> Iterator[_Step]:
+        """The forward passes, one after the other, until the queue is empty and all rows have finished; each must have
+        been received before the next is asked for."""
+        while self.queue or self.rows:
+            yield from self._admit()
+            if self.rows:
+                tokens_BS = torch.tensor([row.tokens[-1:] for row in self.rows])
+                positions_BS = torch.tensor([[row.position] for row in self.rows])
+                every = list(range(len(self.rows)))
+                yield self._step(tokens_BS, positions_BS, every, [(row, 0) for row in every], every)
+
+    def _admit(self) -> Iterator[_Step]:
         """Gives free slots to the queue as long as there are both, then closes the gaps: no dead row is decoded."""
         while self.queue and (free := self._free_slots()):
             newcomers = [(slot, self.queue.popleft()) for slot in free[: len(self.queue)]]
             for batch in _prefill_batches(newcomers):
-                self._prefill(batch)
+                yield from self._prefill(batch)
         for slot in range(len(self.rows) - 1, -1, -1):
             if self.rows[slot] is None:
                 last = self.rows.pop()
@@ -200,17 +276,10 @@ class _Run:
                     self.cache.copy_row(len(self.rows), slot, last.position)
                     self.rows[slot] = last
 
-    def decode(self) -> None:
-        """Generates one more token of each row."""
-        tokens_BS = torch.tensor([row.tokens[-1:] for row in self.rows])
-        positions_BS = torch.tensor([[row.position] for row in self.rows])
-        every = list(range(len(self.rows)))
-        self._forward(tokens_BS, positions_BS, every, [(row, 0) for row in every], every)
-
     def _free_slots(self) -> list[int]:
-        return [slot for slot in range(self.slots) if slot >= len(self.rows) or self.rows[slot] is None]
+        return [slot for slot in range(self.cache.slots) if slot >= len(self.rows) or self.rows[slot] is None]
 
-    def _prefill(self, newcomers: list[tuple[int, Row]]) -> None:
+    def _prefill(self, newcomers: list[tuple[int, Row]]) -> Iterator[_Step]:
         """Reads prompts into the cache and generates the first token of each newcomer; a prompt with several newcomers
         is read once."""
         self.rows.extend([None] * (max(slot for slot, _ in newcomers) + 1 - len(self.rows)))
@@ -227,56 +296,22 @@ class _Run:
             tokens_BS[number, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
         numbers = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
         places = [(numbers[row.prompt.sample_id], len(row.prompt.tokens) - 1) for _, row in newcomers]
-        self._forward(tokens_BS, torch.arange(width).expand(tokens_BS.shape), list(readers.values()), places,
-                      [slot for slot, _ in newcomers])
+        yield self._step(tokens_BS, torch.arange(width).expand(tokens_BS.shape), list(readers.values()), places,
+                         [slot for slot, _ in newcomers])
         for slot, row in newcomers:
             if slot != readers[row.prompt.sample_id]:
                 self.cache.copy_row(readers[row.prompt.sample_id], slot, len(row.prompt.tokens))
 
-    def _forward(
+    def _step(
         self, tokens_BS: Tensor, positions_BS: Tensor, slots: list[int], places: list[tuple[int, int]],
         receivers: list[int],
-    ) -> None:
-        """One forward pass over the batch's `slots`. The token after `places[i]` (a row and column of the batch) goes
-        to the response in slot `receivers[i]`."""
+    ) -> _Step:
+        """A forward pass over the batch's `slots`. The token after `places[i]` (a row and column of the batch) goes to
+        the response in slot `receivers[i]`."""
         device = self.cache.device
         self.cache.begin(torch.tensor(slots), positions_BS)
-        hidden_BSH = self.decoder.forward(tokens_BS.to(device), positions_BS.to(device), self.cache)
-        rows = [self.rows[slot] for slot in receivers]
-        if self.decoder.is_last_stage:
-            numbers, columns = torch.tensor(places, device=device).unbind(1)
-            tokens_B, log_probs_B = self._sample(hidden_BSH[numbers, columns], rows)
-            drawn_2B = torch.stack([tokens_B.double(), log_probs_B.double()])  # float64 holds both exactly
-        else:
-            drawn_2B = torch.empty((2, len(rows)), dtype=torch.float64, device=device)
-        if self.decoder.pp_group is not None:
-            last_stage = dist.get_global_rank(self.decoder.pp_group, self.decoder.pp_group.size() - 1)
-            dist.broadcast(drawn_2B, src=last_stage, group=self.decoder.pp_group)
-        for slot, token, log_prob in zip(receivers, *drawn_2B.tolist(), strict=True):
-            self._receive(slot, int(token), log_prob)
-
-    def _sample(self, hidden_BH: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        """tokens_B and log_probs_B of the rows' next tokens."""
-        ids_B, indices_B, steps_B = torch.tensor(
-            [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=hidden_BH.device).unbind(1)
-        keys_B = noise_keys(self.sampling.seed, ids_B, indices_B, steps_B)
-        return sample(logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B,
-                      tp_group=self.decoder.tp_group, vocab_size=self.decoder.vocab_size)
-
-    def _receive(self, slot: int, token: int, log_prob: float) -> None:
-        """Adds a token to the row in `slot`, and frees the slot if the token is the row's last."""
-        row = self.rows[slot]
-        if not -torch.inf < log_prob < torch.inf:
-            raise ModelError(f"non-finite logits at token {len(row.tokens)} of response {row.index} to sample "
-                             f"{row.prompt.sample_id}: the model's weights or activations are not finite")
-        row.tokens.append(token)
-        row.log_probs.append(log_prob)
-        self.generated += 1
-        if token in self.sampling.stop_ids or len(row.tokens) == row.limit:
-            self.finished[row.prompt.sample_id, row.index] = Rollout(
-                row.prompt.sample_id, row.index, tuple(row.tokens), tuple(row.log_probs),
-                "stop" if token in self.sampling.stop_ids else "length")
-            self.rows[slot] = None
+        forward = Pass(tokens_BS.to(device), positions_BS.to(device), self.cache)
+        return _Step(forward, [self.rows[slot] for slot in receivers], receivers, places)
 
 
 def logits(hidden_BH: Tensor, head_VH: Tensor) -> Tensor:

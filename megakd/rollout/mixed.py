@@ -22,6 +22,7 @@ from torch import Tensor
 from megakd.errors import ModelError
 from megakd.mcore.model import Model, PipelineDecoder, evaluating
 from megakd.rollout.engine import Prompt, Rollout, Row, logits
+from megakd.rollout.ring import Pass, Ring
 from megakd.rollout.sampling import Sampling, noise_keys, sample, uniform
 
 STUDENT, TEACHER, COIN = 0, 1, 2
@@ -40,6 +41,7 @@ class _Side:
 
     def __init__(self, model: Model, stream: int, rows: Sequence[_Row], sampling: Sampling, longest: int, pad_id: int):
         self.decoder = PipelineDecoder(model, longest)
+        self.ring = Ring(self.decoder)
         self.stream, self.sampling, self.pad_id = stream, sampling, pad_id
         grid = model.grid
         self.rows = list(rows)
@@ -61,10 +63,10 @@ class _Side:
         tokens_BS, positions_BS, last_B = self._input(rows)
         self.cache.begin(torch.tensor(slots), positions_BS)
         device = self.cache.device
-        hidden_BSH = self.decoder.forward(tokens_BS.to(device), positions_BS.to(device), self.cache)
-        if hidden_BSH is None:
+        hidden_SBH = self.ring.whole(Pass(tokens_BS.to(device), positions_BS.to(device), self.cache))
+        if hidden_SBH is None:
             return
-        hidden_BH = hidden_BSH[torch.arange(len(rows), device=device), last_B.to(device)]
+        hidden_BH = hidden_SBH[last_B.to(device), torch.arange(len(rows), device=device)]
         keys_B = _keys(self.sampling.seed, self.stream, rows, device)
         tokens_B, log_probs_B = sample(
             logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B, tp_group=self.decoder.tp_group,

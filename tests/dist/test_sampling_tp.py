@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megakd.rollout import Prompt, Sampling, generate
+from megakd.rollout.ring import Ring
 from megakd.rollout.sampling import noise_keys, sample
 from tests.ranks import run_ranks, subgroup
 from tests.toy_decoder import VOCAB, ToyDecoder
@@ -84,3 +87,22 @@ def test_the_engine_gives_every_rank_of_any_layout_the_same_rollouts(settings, t
         assert (mine.sample_id, mine.index, mine.tokens, mine.finish_reason) == (
             theirs.sample_id, theirs.index, theirs.tokens, theirs.finish_reason)
         torch.testing.assert_close(torch.tensor(mine.log_probs), torch.tensor(theirs.log_probs), atol=1e-5, rtol=1e-5)
+
+
+def _ticks(pipeline: int, count: int, slots: int) -> tuple[int, int]:
+    """Ticks of a ring while `count` prompts of one token are answered by 12 tokens each, and this stage's passes."""
+    decoder = ToyDecoder(layers=4, pp_group=subgroup(tuple(range(pipeline))))
+    prompts = [Prompt(number, (number,)) for number in range(count)]
+    sampling = _sampling(0.0, 0, 1.0, max_new_tokens=12, stop_ids=())
+    with patch.object(Ring, "tick", autospec=True, side_effect=Ring.tick) as tick:
+        generate(decoder, prompts, sampling, slots=slots, pad_id=0)
+    return tick.call_count, len(decoder.batches)
+
+
+def test_all_stages_are_at_work_at_a_time():
+    """Each of the four stages has another pass; only the first and the last ticks leave some idle."""
+    for ticks, passes in run_ranks(4, _ticks, 4, 8, 2):
+        assert (ticks, passes) == (4 * 12 + 3, 4 * 12)
+    # A company for each answer, where these are fewer than the stages.
+    for ticks, passes in run_ranks(4, _ticks, 4, 2, 8):
+        assert passes == 2 * 12 and ticks <= 4 * 12 + 1

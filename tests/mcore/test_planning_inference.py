@@ -26,7 +26,7 @@ GENERATIONS = {
     "tp2, greedy": (TP2, 1, 60, 40, 16, 0.0, 0, 1.0),
     "tp2, drawn": (TP2, 2, 2, 6, 96, 1.0, 20, 1.0),
     "tp2, long answers": (TP2, 1, 2, 100, 16, 0.7, 0, 1.0),
-    "pp2, greedy": (PP2, 1, 20, 12, 32, 0.0, 0, 1.0),
+    "pp2 vpp2, greedy": (Parallel(pipeline=2, virtual_pipeline=2), 1, 20, 12, 32, 0.0, 0, 1.0),
 }
 SCORINGS = {
     "one process": Parallel(), "tp2": TP2, "tp2 sp": Parallel(tensor=2, sequence=True), "pp2": PP2,
@@ -51,12 +51,12 @@ def test_memory_and_traffic_of_a_generation(directory, name):
     parallel, n, prompt, answer, slots, temperature, top_k, top_p = GENERATIONS[name]
     world = parallel.tensor * parallel.pipeline
     # All prompts alike and no stop token, so that every round has all rows.
-    prompts = [Prompt(number, tuple(range(3, 3 + prompt))) for number in range(slots // n)]
+    prompts = [Prompt(number, tuple(range(3, 3 + prompt))) for number in range(parallel.pipeline * slots // n)]
     sampling = Sampling(temperature, top_k, top_p, n, answer, (), 3)
     lengths = Lengths(prompt, answer)
     task = Generation(RoleSetup(Architecture.read(directory), parallel, world, 1), slots, len(prompts), n, lengths,
                       lengths, temperature > 0, top_k, top_p < 1, "fp32", "cpu")
-    assert (task.rows, task.rounds) == (slots, answer)
+    assert (task.rows, task.companies, task.rounds) == (slots, parallel.pipeline, answer)
     ranks = run_ranks(world, measured_generation, directory, parallel, prompts, sampling, slots)
     for rank, measured in enumerate(ranks):
         stage = task.role.layout.coordinates(rank).pipeline
@@ -68,8 +68,9 @@ def test_memory_and_traffic_of_a_generation(directory, name):
               f"{made / (measured['peak'] - measured['kept'] - cache):.3f} of what is there besides the cache")
         assert memory.kept["weights"] == pytest.approx(measured["kept"], rel=0.01)
         assert memory.total == pytest.approx(measured["peak"], rel=0.03)
-        assert counted(generation_traffic(task, stage, slots // n * prompt, slots)) == measured["prefill"]
-        assert counted(generation_traffic(task, stage, slots, slots)) == measured["round"]
+        for tokens, phase in ((slots // n * prompt, "prefill"), (slots, "round")):
+            calls = generation_traffic(task, stage, tokens, slots)
+            assert counted(calls * task.companies) == measured[phase]
 
 
 @pytest.mark.parametrize("name", SCORINGS)

@@ -74,7 +74,8 @@ def test_weights_and_cache_of_llama_8b():
         assert memory.phases["next tokens"]["logits"] == 32 * VOCABULARY // tensor * 8
     first, last = (generation_memory(generation(Parallel(pipeline=2)), stage) for stage in range(2))
     assert "next tokens" in last.phases and "next tokens" not in first.phases
-    assert first.kept["keys and values"] == last.kept["keys and values"] == 2 * 2**30
+    # Half of the layers, of twice as many rows.
+    assert first.kept["keys and values"] == last.kept["keys and values"] == 4 * 2**30
 
 
 def simulated_rounds(lengths: list[int], slots: int) -> int:
@@ -115,6 +116,24 @@ def test_time_of_decoding_is_that_of_reading_weights_and_cache():
     expected = 240 * 23 / 24 * (weights + cache + draws) / (rate * 1e9)
     # Norms and activations are what is left: below 1 %.
     assert generation_time(cluster(memory_gb_s=rate), task).parts["decode"] == pytest.approx(expected, rel=0.01)
+
+
+def test_stages_of_a_pipeline_decode_beside_each_other():
+    # Two passes of 32 rows are under way: each tick is one of the last stage, which has the head and draws as well.
+    task, rate = generation(Parallel(pipeline=2)), 2000.0
+    assert (task.rows, task.companies, task.rounds) == (32, 2, 120)
+    longest = 1000 + 24 * (1 - 24 / 240)
+    weights = 2 * (16 * LAYER + VOCABULARY * 4096)
+    cache = 2 * 16 * 1024 * 2 * 32 * longest
+    draws = 2 * 32 * VOCABULARY * 8
+    expected = 120 * 23 / 24 * 2 * (weights + cache + draws) / (rate * 1e9)
+    assert generation_time(cluster(memory_gb_s=rate), task).parts["decode"] == pytest.approx(expected, rel=0.01)
+    # A single answer is with one stage at a time.
+    alone = generation(Parallel(pipeline=2), prompts=1)
+    assert (alone.rows, alone.companies, alone.rounds) == (1, 1, 24)
+    whole = generation(Parallel(), prompts=1)
+    seconds = [generation_time(cluster(memory_gb_s=rate), each).parts["decode"] for each in (alone, whole)]
+    assert seconds[0] == pytest.approx(seconds[1])
 
 
 def test_time_of_prefill_is_that_of_its_products():
