@@ -66,6 +66,15 @@ def test_functions_are_short():
     assert [at(file, node) for file, node in functions if node.end_lineno - node.lineno >= LINES_OF_FUNCTION] == []
 
 
+def test_no_half_of_a_merge_is_left():
+    texts = [file for suffix in ("md", "py", "yaml", "sbatch", "sh", "json") for folder in (*FOLDERS, "docs")
+             for file in (ROOT / folder).rglob(f"*.{suffix}")] + list(ROOT.glob("*.md"))
+    assert ROOT / "docs" / "decisions.md" in texts
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    assert [str(file) for file in texts for line in file.read_text(encoding="utf-8").splitlines()
+            if line.startswith(marks)] == []
+
+
 def test_only_mcore_imports_megatron():
     others = [file for file in LIBRARY if not file.is_relative_to(ROOT / "megakd" / "mcore")]
     assert [at(file, node) for file in others for module, node in imports(ast.walk(tree_of(file)))
