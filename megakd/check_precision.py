@@ -22,6 +22,10 @@ LEAST_CAPABILITY, LEAST_CUDA = {"tensorwise": (8, 9), "delayed": (8, 9), "blockw
 """Compute capability that a recipe needs, and CUDA for blockwise (quantization.py, `check_recipe_support`)."""
 NO_MXFP8 = (12, 0)
 """From this compute capability on Transformer Engine 2.11 has not all of MXFP8's products."""
+PACKED_ATTENTION, NO_PACKED_ATTENTION = (9, 0), 12
+"""Compute capability from which cuDNN attends to packed sequences, and the major one that Transformer Engine leaves out
+(`nvte_get_fused_attn_backend`, fused_attn.cpp; `get_attention_backend`). Elsewhere flash-attn does it, and without that
+Transformer Engine makes whole square matrices of scores, which no plan counts and few memories hold."""
 
 
 def check_backend(recipe: Recipe, world: int) -> None:
@@ -45,6 +49,8 @@ def check_backend(recipe: Recipe, world: int) -> None:
                           "pip install the release of triton that this build of PyTorch names, or write device: cpu")
     if recipe.precision.dtype == "fp8" and not emulated:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+    if recipe.precision.dtype != "fp32" and not emulated:
+        _check_attention(torch.cuda.get_device_capability())
     if recipe.teacher.cuda_graphs or recipe.reference.cuda_graphs:
         gpus.check_graph_memory(os.environ)
     gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
@@ -67,6 +73,16 @@ def _check_capability(recipe: str, capability: tuple[int, int], cuda: str | None
     if cuda is None or tuple(int(part) for part in cuda.split(".")[:2]) < LEAST_CUDA:
         raise ConfigError("precision.fp8_recipe", "blockwise", f"needs CUDA 12.9 or later; torch is built for {cuda}",
                           "Install such a torch, or write tensorwise")
+
+
+def _check_attention(capability: tuple[int, int]) -> None:
+    if capability >= PACKED_ATTENTION and capability[0] != NO_PACKED_ATTENTION:
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        rule = (f"this GPU has compute capability {capability[0]}.{capability[1]}, for which Transformer Engine's "
+                "attention to packed sequences is flash-attn's, which is not installed")
+        raise ConfigError("device", "cuda", rule,
+                          "Install flash-attn (2.1.1 to 2.8.3), or take a Hopper or datacentre Blackwell GPU")
 
 
 def rows_multiple(precision: Precision, parallel: Parallel) -> int:

@@ -18,6 +18,8 @@ def check_precision(recipe: Recipe) -> None:
     """Checks what holds without knowing machine and models. Raises ConfigError."""
     precision = recipe.precision
     if precision.dtype != "fp8":
+        if precision.dtype == "fp32" and recipe.device == "cuda":
+            _check_context(recipe)
         _refuse_changed(precision, OF_FP8, f"is about FP8, and dtype is {precision.dtype!r}",
                         "Leave it out, or write precision.dtype=fp8")
         return
@@ -46,6 +48,14 @@ def _refuse_changed(precision: Precision, names: tuple[str, ...], rule: str, fix
         value = getattr(precision, name)
         if value != type(precision).model_fields[name].default:
             raise ConfigError(f"precision.{name}", value, rule, fix)
+
+
+def _check_context(recipe: Recipe) -> None:
+    """Transformer Engine has attention across context ranks in 16 bits alone (`get_attention_backend`)."""
+    for stage in recipe.stages:
+        if isinstance(stage, TrainStage) and (ranks := recipe.role(stage.trains).parallel.context) > 1:
+            raise ConfigError(f"{stage.trains}.parallel.context", ranks, "in fp32 Transformer Engine has no attention "
+                              "across context ranks", f"Write precision: bf16, or {stage.trains}.parallel.context=1")
 
 
 def _check_delayed(recipe: Recipe) -> None:

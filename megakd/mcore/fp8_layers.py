@@ -1,4 +1,5 @@
-"""What FP8 asks of a model besides its layers: whole blocks of rows, weights in FP8, and delayed scaling's state.
+"""What FP8 asks of a model besides its layers: quantizers, whole blocks of rows, weights in FP8, and delayed scaling's
+state.
 
 Of Transformer Engine's modules it names nothing that could not be imported without it. Not yet run on a GPU.
 
@@ -7,11 +8,12 @@ Legend: S positions, B rows, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megakd.mcore.fp8_emulation import AmaxHistory
@@ -19,6 +21,33 @@ from megakd.mcore.fp8_emulation import AmaxHistory
 OPERANDS = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
 """Passes and where a Transformer Engine module keeps their scales and histories (module/base.py, `fp8_meta`)."""
 _UNFILLED = "_unfilled_shapes"
+
+
+# ---------------------------------------------------------------------------------------------------------- quantizers
+def make_quantizers(chunk: nn.Module, config: TransformerConfig) -> None:
+    """Has Transformer Engine's linears make their quantizers, scales and histories now.
+
+    They would in their first forward pass, and read then, never again, whether they are under sequence parallelism
+    (`set_meta_tensor`). Where that pass is a rollout's, which runs without it, tensor ranks would later gather rows
+    that each has scaled by itself, and multiply all of them by one rank's scale.
+    """
+    for layer in chunk.decoder.layers:
+        # Without gradients leaving the region moves no history on.
+        with torch.no_grad(), fp8_utils.get_fp8_context(config, layer.layer_number - 1):
+            for module in _linears(layer):
+                module.init_fp8_metadata()
+
+
+def quantizers_of(chunk: nn.Module) -> Iterator[object]:
+    """The quantizers of Transformer Engine's linears in a chunk; none where none is in FP8."""
+    for module in _linears(chunk):
+        for quantizers in module.quantizers.values():
+            yield from quantizers
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Module]:
+    """Transformer Engine's linears in a module."""
+    return (each for each in module.modules() if isinstance(each, fp8_utils.TE_LINEAR_TYPES))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -53,9 +82,8 @@ def fill_rows(linear: nn.Module, multiple: int) -> None:
 
 def fill_rows_of(chunk: nn.Module, multiple: int) -> None:
     """`fill_rows` for Transformer Engine's linears in a chunk."""
-    for module in chunk.modules():
-        if isinstance(module, fp8_utils.TE_LINEAR_TYPES):
-            fill_rows(module, multiple)
+    for module in _linears(chunk):
+        fill_rows(module, multiple)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -70,6 +98,9 @@ def readable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def share(parameters: Mapping[str, Tensor], read: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
     """Tells a data group what its first rank has read (`readable`); parameters in FP8 are rounded from it.
 
+    What their modules have made of them so far comes from memory that nobody had written: delayed scaling's history
+    would remember its largest number, and megatron-core would begin master weights with it.
+
     Collectives: a broadcast of each parameter over `group`.
     """
     first = dist.get_rank(group) == 0
@@ -82,11 +113,15 @@ def share(parameters: Mapping[str, Tensor], read: Mapping[str, Tensor], group: d
         if first:
             plain.copy_(read[name])
         dist.broadcast(plain, group=group, group_src=0)
+        if hasattr(parameter._quantizer, "amax"):
+            parameter._quantizer.amax.zero_()  # a view of the newest row of the history; rounding raises it only
         parameter.copy_(plain)
+        if hasattr(parameter, "_high_precision_init_val"):
+            parameter._high_precision_init_val.copy_(plain)
 
 
 # -------------------------------------------------------------------------------------------------------- amax history
-def amax_states(chunk: nn.Module, config: object) -> dict[str, Tensor]:
+def amax_states(chunk: nn.Module, config: TransformerConfig) -> dict[str, Tensor]:
     """Scales and histories of delayed scaling in a chunk by name, to read or to copy into; empty for other recipes.
 
     They are part of what a training is: without them a resumed one would round otherwise.
@@ -96,18 +131,7 @@ def amax_states(chunk: nn.Module, config: object) -> dict[str, Tensor]:
         if isinstance(module, AmaxHistory):
             states |= {f"{name}.{buffer}": values for buffer, values in module.named_buffers()}
         elif isinstance(module, fp8_utils.TE_LINEAR_TYPES) and config.fp8_recipe == "delayed":
-            states |= _engine_states(name, module, config)
-    return states
-
-
-def _engine_states(name: str, module: nn.Module, config: object) -> dict[str, Tensor]:
-    """Of a Transformer Engine linear, made first where it has not run yet (as its `set_extra_state` does)."""
-    if OPERANDS["forward"] not in module.fp8_meta:
-        module.fp8_meta["recipe"] = fp8_utils.get_fp8_recipe(config)
-        module.fp8_meta["num_gemms"] = 1
-        module.init_fp8_meta_tensors(module.fp8_meta["recipe"])
-    states = {}
-    for operands, key in OPERANDS.items():
-        states[f"{name}.{operands}_scale"] = module.fp8_meta[key].scale
-        states[f"{name}.{operands}_history"] = module.fp8_meta[key].amax_history
+            for operands, key in OPERANDS.items():
+                states[f"{name}.{operands}_scale"] = module.fp8_meta[key].scale
+                states[f"{name}.{operands}_history"] = module.fp8_meta[key].amax_history
     return states

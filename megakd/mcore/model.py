@@ -35,7 +35,7 @@ from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
 from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
 from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
-from megakd.mcore.fp8_layers import fill_rows_of, readable, share
+from megakd.mcore.fp8_layers import fill_rows_of, make_quantizers, quantizers_of, readable, share
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.objectives.base import LossContext
@@ -163,6 +163,7 @@ def transformer_config(
     """megatron-core's configuration of an architecture under a layout, a choice of RECOMPUTE and a precision."""
     kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
     dtype = TORCH_DTYPES[precision.dtype]
+    engine = spec_of(device.type, emulated=precision.emulate) == "te"
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
@@ -202,8 +203,13 @@ def transformer_config(
         deallocate_pipeline_outputs=parallel.virtual_pipeline == 1,
         # The fused forms are compiled at first use, which needs a compiler on the machine; worth it on CUDA only.
         bias_activation_fusion=device.type == "cuda",
+        # Transformer Engine's kernel, which takes the angles of one row; a rollout, with a row for each sequence, goes
+        # without (`_of_packed_rows`).
+        apply_rope_fusion=engine,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
+        # It is on for Transformer Engine's linears of a trained model (optimizer.py, `_add_up_in_place`). Said here,
+        # megatron-core asks for NVIDIA's apex to build the head, whose product it never makes.
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],
         **_fp8_options(precision, trained=trained),
@@ -293,6 +299,7 @@ def build_model(
         for index, layer in enumerate(chunk.decoder.layers):
             attention_of(layer).cache_layer = virtual * shard.layers + index
         if config.fp8 is not None:
+            make_quantizers(chunk, config)
             fill_rows_of(chunk, FP8_MULTIPLES[config.fp8_recipe])
         if amaxes is not None:
             amaxes.follow(chunk.decoder)
@@ -361,11 +368,17 @@ def evaluating(model: Model) -> Iterator[None]:
             chunk.train(mode)
 
 
-def _sequence_cuts(model: Model) -> list[tuple[object, str]]:
-    """Where a model's modules are told of sequence parallelism: none without it."""
-    owners = [model.config, *(module for chunk in model.chunks for module in chunk.modules())]
-    return [(owner, name) for owner in owners for name in ("sequence_parallel", "reduce_scatter_embeddings")
-            if getattr(owner, name, False) is True]
+PACKED_ROWS = ("sequence_parallel", "reduce_scatter_embeddings", "apply_rope_fusion", "with_amax_reduction",
+               "all_gather_usage")
+"""What holds for packed rows alone: sequence parallelism, with what Transformer Engine's quantizers (`quantizers_of`)
+do for it (scales that the tensor ranks agree on, blocks laid out to be gathered); and rotation by one row's angles."""
+
+
+def _of_packed_rows(model: Model) -> list[tuple[object, str]]:
+    """Where a model's modules are told of `PACKED_ROWS`."""
+    owners = [model.config, *(module for chunk in model.chunks for module in chunk.modules()),
+              *(each for chunk in model.chunks for each in quantizers_of(chunk))]
+    return [(owner, name) for owner in owners for name in PACKED_ROWS if getattr(owner, name, False) is True]
 
 
 class PipelineDecoder:
@@ -377,7 +390,7 @@ class PipelineDecoder:
     def __init__(self, model: Model, longest: int):
         """`longest` bounds prompt and answer together, besides the model's own context."""
         self.model = model
-        self.cuts = _sequence_cuts(model)
+        self.switched_off = _of_packed_rows(model)
         self.tp_group = model.grid.groups.tp
         self.pp_group = model.grid.groups.pp
         self.stage, self.stages = model.grid.at.pipeline, model.grid.layout.pipeline
@@ -415,12 +428,12 @@ class PipelineDecoder:
         chunk.set_input_tensor(hidden_SBH)
         for layer in chunk.decoder.layers:
             attention_of(layer).cache = cache
-        for owner, name in self.cuts:
+        for owner, name in self.switched_off:
             setattr(owner, name, False)
         try:
             return chunk(tokens_BS, position_ids_BS)
         finally:
-            for owner, name in self.cuts:
+            for owner, name in self.switched_off:
                 setattr(owner, name, True)
             for layer in chunk.decoder.layers:
                 attention_of(layer).cache = None

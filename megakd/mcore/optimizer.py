@@ -259,6 +259,15 @@ def _gather(chunk: DistributedDataParallel) -> None:
         post_all_gather_processing(fp8)
 
 
+def _add_up_in_place(chunk: DistributedDataParallel) -> None:
+    """Has Transformer Engine's linears add their weights' gradients to megatron-core's sums (`main_grad`) in the products
+    that make them: without rounding to 16 bits, nor a pass over the sums. megatron-core's hooks, which would add them,
+    see that it has been done (`grad_added_to_main_grad`)."""
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Trainer:
     """Wraps a model's chunks in DistributedDataParallel and makes its optimizer and cosine schedule of `steps`."""
     device = next(model.chunks[0].parameters()).device
@@ -276,6 +285,8 @@ def make_trainer(model: Model, settings: OptimizerSettings, steps: int) -> Train
         )
         for index, chunk in enumerate(model.chunks)
     ]
+    for chunk in wrapped:
+        _add_up_in_place(chunk)
     # megatron-core has chosen at its import: Transformer Engine's, else NVIDIA's apex's, else torch's.
     adam = megatron.core.optimizer.Adam
     logger.info("optimizer: %s.%s, exchanges between replicas %s%s", adam.__module__, adam.__qualname__,

@@ -124,6 +124,11 @@ def _model_states(setup: TrainingSetup, shards: Sequence[Shard]) -> dict[str, fl
         "gradients": float(parameters * STATISTICS_BYTES),
         "optimizer": parameters * states / copies,
     }
+    if setup.spec == "te":
+        # Products add gradients to their sums; what a hook then finds as a gradient is one such for each shape of
+        # weights, which nobody writes (Transformer Engine, `get_dummy_wgrad`).
+        widths = layer_widths(setup.trained.architecture, setup.trained.parallel.tensor)
+        kept["gradients' stand-ins"] = float(widths.parameters * setup.parameter_bytes)
     if setup.dtype == "fp8":
         matrices = matrix_parameters(setup.trained.architecture, shards)
         kept["weights in fp8"] = 2.0 * matrices  # as they are and transposed, kept over a step's micro-batches
@@ -198,7 +203,9 @@ def _layer_gradients(setup: TrainingSetup, widths: LayerWidths, tokens: float) -
     residual, whole, mlp = widths.hidden * _share(setup), widths.hidden, widths.ffn
     gathered = whole if trained.parallel.sequence else 0
     freed = (5 if setup.spec == "local" else 3) * mlp
-    second, first = widths.hidden * mlp / tokens, 2 * widths.hidden * mlp / tokens  # the matrices' own gradients
+    # The matrices' own gradients, where their products do not add them to the sums.
+    second = widths.hidden * mlp / tokens if setup.spec == "local" else 0.0
+    first = 2 * second
     moments = (
         gathered * (1 + _copies(setup)),
         gathered + mlp + second,

@@ -119,9 +119,10 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
     backward = {
         "products": BACKWARD * forward["products"],
         "attention": ATTENTION_BACKWARD * forward["attention"],
-        # Each gradient of a weight is added to the sum of the micro-batches: two read, one written.
+        # Each gradient of a weight is added to the sum of the micro-batches: two read, one written; by Transformer
+        # Engine's products themselves, so that the sum alone is.
         "other kernels": BACKWARD * forward["other kernels"]
-        + 3 * STATISTICS_BYTES * widths.parameters / (device.memory_gb_s * 1e9),
+        + (2 if setup.spec == "te" else 3) * STATISTICS_BYTES * widths.parameters / (device.memory_gb_s * 1e9),
     } if training else {}
     backward = {part: seconds + again * forward[part] for part, seconds in backward.items()}
     forward["calls"] = waiting_for_calls(setup, device.layer_forward_us * 1e-6, sum(forward.values()))

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import utils
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class _Linear(_Module):
         super().__init__()
         assert parallel_mode in ("column", "row") and not fuse_wgrad_accumulation and not return_bias
         assert tp_group.size() == tp_size
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.tp_group, self.parallel_mode, self.use_bias = tp_group, parallel_mode, bias
         # linear.py:1133-1138, layernorm_linear.py:1201-1209
         rows, columns = out_features, in_features
@@ -85,17 +87,44 @@ class _Linear(_Module):
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         """[S, B, columns] -> [S, B, rows]; the collectives that linear.py names."""
-        bias = self.bias if self.use_bias else None
         if self.parallel_mode == "column":
             if self.sequence_parallel:
                 inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
             else:
                 inp = mappings.copy_to_tensor_model_parallel_region(inp, self.tp_group)
-            return nn.functional.linear(inp, self.weight, bias)
-        out = nn.functional.linear(inp, self.weight, bias)
+            return self.product(inp, is_first_microbatch)
+        out = self.product(inp, is_first_microbatch)
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
         return mappings.reduce_from_tensor_model_parallel_region(out, self.tp_group)
+
+    def product(self, inp: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """With the weight, and the bias."""
+        if self.fuse_wgrad_accumulation:
+            out = _AddingProduct.apply(self.weight, inp, is_first_microbatch)
+            return out + self.bias if self.use_bias else out
+        return nn.functional.linear(inp, self.weight, self.bias if self.use_bias else None)
+
+
+class _AddingProduct(torch.autograd.Function):
+    """linear.py:436-446 and 843-970: the weight's gradient goes into `main_grad`, over it in a first micro-batch; where
+    megatron-core's flag is, a gradient is returned that nobody has written."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, inp: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """-> inp weight^T."""
+        ctx.save_for_backward(inp, weight)
+        ctx.adds, ctx.main_grad = not is_first_microbatch, lambda: weight.main_grad
+        return nn.functional.linear(inp, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        """-> no gradient of the weight, that of the input."""
+        inp, weight = ctx.saved_tensors
+        main_grad = ctx.main_grad()
+        main_grad.mul_(1.0 if ctx.adds else 0.0).add_(grad_output.flatten(0, -2).t() @ inp.flatten(0, -2))
+        weight.grad_added_to_main_grad = True
+        return torch.full_like(weight, torch.nan), grad_output @ weight, None
 
 
 class _LayerNormLinear(_Linear):
@@ -225,10 +254,18 @@ def _rms_norm(inp: Tensor, weight: Tensor, eps: float) -> Tensor:
     return nn.functional.rms_norm(inp.float(), inp.shape[-1:], None, eps).to(inp.dtype) * weight
 
 
+def _rotated(t: Tensor, freqs: Tensor, *, tensor_format: str, interleaved: bool, fused: bool) -> Tensor:
+    """pytorch/attention/rope.py, apply_rotary_pos_emb; its kernel asks for one row's angles, float32."""
+    assert tensor_format == "sbhd" and fused and not interleaved and freqs.dtype == torch.float32
+    assert freqs.shape == (len(t), 1, 1, t.shape[-1]), freqs.shape
+    first, second = t.float().chunk(2, dim=-1)
+    return (t.float() * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()).to(t.dtype)
+
+
 def _modules() -> dict[str, ModuleType]:
     """The package as megatron-core imports it; what it derives from besides are empty classes."""
     names = ("", ".pytorch", ".pytorch.fp8", ".pytorch.distributed", ".pytorch.ops", ".pytorch.router", ".common",
-             ".common.recipe")
+             ".common.recipe", ".pytorch.attention", ".pytorch.attention.rope")
     modules = {f"transformer_engine{name}": ModuleType(f"transformer_engine{name}") for name in names}
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
@@ -238,6 +275,7 @@ def _modules() -> dict[str, ModuleType]:
     pytorch = modules["transformer_engine.pytorch"]
     pytorch.Linear, pytorch.LayerNormLinear, pytorch.RMSNorm = _Linear, _LayerNormLinear, _RMSNorm
     pytorch.DotProductAttention = _DotProductAttention
+    modules["transformer_engine.pytorch.attention.rope"].apply_rotary_pos_emb = _rotated
     for module, names in ((pytorch, ("GroupedLinear", "LayerNorm")),
                           (modules["transformer_engine.pytorch.ops"], ("Sequential", "FusibleOperation")),
                           (modules["transformer_engine.pytorch.router"], (
@@ -259,8 +297,9 @@ def transformer_engine() -> Iterator[None]:
     sys.modules.update(stand_ins)
     try:
         with mock.patch.object(utils, "_te_version", None):
-            specs = importlib.import_module(_BUILT_ON_IT[-1])
-            with (mock.patch.object(torch.cuda, "Stream", object),  # megatron-core makes one for context parallelism
+            specs, wrappers = (importlib.import_module(_BUILT_ON_IT[number]) for number in (-1, 0))
+            with (mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", wrappers.fused_apply_rotary_pos_emb),
+                  mock.patch.object(torch.cuda, "Stream", object),  # megatron-core makes one for context parallelism
                   mock.patch.object(layers, "get_gpt_layer_with_transformer_engine_spec",
                                     specs.get_gpt_layer_with_transformer_engine_spec),
                   mock.patch.object(model, "spec_of", lambda *_, **__: "te")):

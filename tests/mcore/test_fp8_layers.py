@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,8 +16,8 @@ from megakd.config import Parallel, Precision
 from megakd.config_stages import Optimizer
 from megakd.hf.families import Architecture
 from megakd.mcore import optimizer
-from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of
-from megakd.mcore.model import transformer_config
+from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of, make_quantizers
+from megakd.mcore.model import _of_packed_rows, transformer_config
 from tests.mcore.cases import build
 from tests.mcore.tiny import make_llama
 from tests.ranks import run_ranks
@@ -55,18 +58,26 @@ def test_the_linears_of_transformer_engine_are_the_ones_that_are_filled_up(monke
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
+def passes_for_fp8(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix; gives it what Transformer Engine does (module/base.py, `reset_parameters`): the
+    quantizer's record of the largest number, and what it was made of, both of memory that nobody has written."""
+    if tensor.ndim == 2 and not hasattr(tensor, "_quantizer"):
+        tensor._quantizer = SimpleNamespace(amax=torch.full((1,), torch.nan))
+        tensor._high_precision_init_val = torch.full_like(tensor.detach(), torch.nan)
+    return tensor.ndim == 2
+
+
 def filled_and_exported(directory: str) -> dict[str, bool]:
     """A model whose matrices pass for FP8 parameters, beside those whose do not: what of it is the same."""
     exact = build(directory, Parallel(), Precision(dtype="fp32")).parameters_of(0)
     plain = build(directory, Parallel(), Precision(dtype="bf16")).parameters_of(0)
-    kept = fp8_utils.is_float8tensor
-    fp8_utils.is_float8tensor = lambda tensor: tensor.ndim == 2
-    try:
+    with mock.patch.object(fp8_utils, "is_float8tensor", passes_for_fp8):
         model = build(directory, Parallel(), Precision(dtype="bf16"))
-    finally:
-        fp8_utils.is_float8tensor = kept
     found = model.parameters_of(0)
     same = {"values": all(torch.equal(found[name], values) for name, values in plain.items())}
+    matrices = [each for each in found.values() if each.ndim == 2]
+    same["history"] = not any(each._quantizer.amax for each in matrices)
+    same["begin of masters"] = all(torch.equal(each._high_precision_init_val, each) for each in matrices)
     trainer = optimizer.make_trainer(model, Optimizer(), 1)
     for parameter in model.parameters_of(0).values():
         parameter.data.zero_()  # as if rounding had left nothing: the masters are what is written
@@ -113,29 +124,70 @@ class Scaling:
 
 
 class EngineLinear(torch.nn.Module):
-    """What `TransformerEngineBaseModule` has for delayed scaling (module/base.py, `fp8_meta`)."""
+    """What `TransformerEngineBaseModule` has for FP8 (module/base.py): made once, as the region and the module are."""
 
     def __init__(self):
         super().__init__()
+        self.sequence_parallel = True
         self.fp8_meta: dict[str, object] = {}
+        self.quantizers: dict[str, object] = {"scaling_fwd": {}, "scaling_bwd": {}}
 
-    def init_fp8_meta_tensors(self, recipe: str) -> None:
-        assert (self.fp8_meta["num_gemms"], self.fp8_meta["recipe"]) == (1, recipe)
-        self.fp8_meta |= {"scaling_fwd": Scaling(), "scaling_bwd": Scaling()}
+    def init_fp8_metadata(self) -> None:
+        assert not torch.is_grad_enabled()
+        if not self.fp8_meta:
+            self.fp8_meta = {"scaling_fwd": Scaling(), "scaling_bwd": Scaling(), "layer": REGION[-1]}
+            quantizers = [SimpleNamespace(with_amax_reduction=self.sequence_parallel), SimpleNamespace(amax=None)]
+            self.quantizers = {"scaling_fwd": quantizers, "scaling_bwd": [SimpleNamespace(all_gather_usage=True)]}
 
 
-def test_the_states_of_transformer_engines_linears_are_made_where_there_are_none_yet(monkeypatch):
+REGION: list[int] = []
+
+
+@contextmanager
+def region(config: object, layer: int) -> Iterator[None]:
+    """`get_fp8_context`."""
+    REGION.append(layer)
+    yield
+    REGION.pop()
+
+
+@pytest.fixture
+def engine_chunk(monkeypatch) -> torch.nn.Module:
+    """A chunk whose layers, the third and fourth of the model, have a linear of Transformer Engine's and one other."""
     monkeypatch.setattr(fp8_utils, "TE_LINEAR_TYPES", (EngineLinear,))
-    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: config.fp8_recipe)
-    chunk = torch.nn.Sequential(EngineLinear(), torch.nn.Linear(2, 2))
+    monkeypatch.setattr(fp8_utils, "get_fp8_context", region)
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList(
+        torch.nn.Sequential(EngineLinear(), torch.nn.Linear(2, 2)) for _ in range(2))
+    for number, layer in enumerate(chunk.decoder.layers, start=3):
+        layer.layer_number = number
+    return chunk
+
+
+def test_quantizers_are_made_for_packed_rows_and_a_rollout_goes_without_what_they_do_for_them(engine_chunk):
+    config = config_of("tensorwise", trained=True)
+    model = SimpleNamespace(config=config, chunks=[engine_chunk])
+    linears = [layer[0] for layer in engine_chunk.decoder.layers]
+    assert all(owner in linears for owner, _ in _of_packed_rows(model))
+    make_quantizers(engine_chunk, config)
+    assert [linear.fp8_meta["layer"] for linear in linears] == [2, 3] and not REGION
+    found = _of_packed_rows(model)
+    assert [name for _, name in found] == ["sequence_parallel"] * 2 + ["with_amax_reduction", "all_gather_usage"] * 2
+    assert all(getattr(owner, name) is True for owner, name in found)
+
+
+def test_delayed_scaling_s_states_are_those_of_transformer_engine_s_linears(engine_chunk):
     config = config_of("delayed", trained=True)
-    states = amax_states(chunk, config)
+    make_quantizers(engine_chunk, config)
+    states = amax_states(engine_chunk, config)
     assert {name: tuple(values.shape) for name, values in states.items()} == {
-        "0.forward_scale": (3,), "0.forward_history": (4, 3), "0.backward_scale": (3,), "0.backward_history": (4, 3)}
-    states["0.backward_scale"].fill_(5.0)
-    assert torch.equal(amax_states(chunk, config)["0.backward_scale"], torch.full((3,), 5.0))
-    assert chunk[0].fp8_meta["scaling_bwd"].scale.tolist() == [5.0] * 3
-    assert amax_states(chunk, config_of("tensorwise", trained=True)) == {}
+        f"decoder.layers.{layer}.0.{name}": shape for layer in range(2) for name, shape in (
+            ("forward_scale", (3,)), ("forward_history", (4, 3)), ("backward_scale", (3,)),
+            ("backward_history", (4, 3)))}
+    states["decoder.layers.0.0.backward_scale"].fill_(5.0)
+    assert engine_chunk.decoder.layers[0][0].fp8_meta["scaling_bwd"].scale.tolist() == [5.0] * 3
+    assert amax_states(engine_chunk, config_of("tensorwise", trained=True)) == {}
 
 
 SIZES = Architecture(

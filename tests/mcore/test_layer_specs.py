@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from megakd.config import Parallel
 from megakd.config_objectives import SftObjective
 from megakd.hf.pieces import parameter_shapes
 from megakd.mcore import checkpoint
-from megakd.mcore.model import unwrap
+from megakd.mcore.model import HiddenGPT, PipelineDecoder, unwrap
+from megakd.rollout import Prompt, Sampling, generate
 from tests.mcore.cases import Distillation, Job, assemble, build
 from tests.mcore.engine_stand_in import transformer_engine
 from tests.mcore.tiny import make_groups, make_llama, make_qwen2
@@ -95,6 +97,8 @@ def _train(case: Distillation, spec: str, folder: str, resumes: bool) -> dict[st
             if number + 1 == SAVED and not resumes:
                 checkpoint.save(Path(folder), SAVED, job.trainer, FACTS, dist.group.WORLD)
                 found["states"] = job.states()
+        found["in place"] = [each.fuse_wgrad_accumulation for each in job.student.chunks[0].modules()
+                             if hasattr(each, "fuse_wgrad_accumulation")]
     return found
 
 
@@ -106,6 +110,9 @@ def test_a_training_goes_on_in_the_other_spec(students, tmp_path, student, paral
     case = training(students[student], parallel)
     wrote = run_ranks(2, _train, case, writer, str(tmp_path), False)
     read = run_ranks(2, _train, case, reader, str(tmp_path), True)
+    # Transformer Engine's linears add gradients to the sums themselves: four in each of four layers.
+    assert [len(ranks[0]["in place"]) for ranks in (wrote, read)] == [16 * (spec == "te") for spec in (writer, reader)]
+    assert all(wrote[0]["in place"] + read[0]["in place"])
     for state in ("param", "exp_avg", "exp_avg_sq"):
         written, found = (assemble([rank["states"][state] for rank in ranks]) for ranks in (wrote, read))
         assert found.keys() == written.keys()
@@ -117,3 +124,28 @@ def test_a_training_goes_on_in_the_other_spec(students, tmp_path, student, paral
     print(f"{writer} -> {reader}: worst gradient {worst:.1e}, worst norm {float((norms - 1).abs().max()):.1e}")
     assert worst < 1e-5
     torch.testing.assert_close(norms, torch.ones(STEPS - SAVED), rtol=1e-5, atol=0)
+
+
+def _answers(student: str, spec: str) -> tuple[list[tuple[int, ...]], list[bool], set[tuple[int, ...]]]:
+    """A model's likeliest answers, its settings for packed rows afterwards, and the shapes of positions decoded."""
+    shapes, angles = set(), HiddenGPT.rotary_angles
+
+    def seen(chunk: HiddenGPT, position_ids_BS: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(position_ids_BS.shape))
+        return angles(chunk, position_ids_BS)
+
+    with layers_of(spec), mock.patch.object(HiddenGPT, "rotary_angles", seen):
+        model = build(student, SEQUENCE)
+        prompts = [Prompt(number, tuple(range(3, 5 + number))) for number in range(4)]
+        sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=5, stop_ids=(), seed=0)
+        answers = generate(PipelineDecoder(model, 32), prompts, sampling, slots=3, pad_id=0)
+    return [each.tokens for each in answers], [model.config.sequence_parallel, model.config.apply_rope_fusion], shapes
+
+
+def test_both_specs_decode_alike(students):
+    # The kernel that rotates takes one row's angles, and rows of a rollout have their own.
+    (right, settings, _), (found, engine, shapes) = (
+        run_ranks(2, _answers, students["biases"], spec)[0] for spec in ("local", "te"))
+    assert found == right and len({len(tokens) for tokens in right}) == 1
+    assert (settings, engine) == ([True, False], [True, True])
+    assert (3, 1) in shapes

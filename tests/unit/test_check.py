@@ -483,6 +483,22 @@ def test_fp8_on_a_gpu_that_has_none(raw, tmp_path, monkeypatch, capability, reci
     assert refused(asked, tmp_path, ConfigError).startswith(field)
 
 
+@pytest.mark.parametrize("capability, missing, rule", [
+    ((8, 0), "flash_attn", "device = 'cuda': this GPU has compute capability 8.0, for which Transformer Engine's "),
+    ((12, 0), "flash_attn", "device = 'cuda': this GPU has compute capability 12.0"), ((8, 0), None, None),
+    ((9, 0), "flash_attn", None), ((10, 0), "flash_attn", None)])
+def test_a_gpu_without_attention_to_packed_sequences(raw, monkeypatch, capability, missing, rule):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: WORLD)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else object())
+    asked = parse(raw | {"device": "cuda", "precision": "bf16"})
+    if rule is None:
+        return check_precision.check_backend(asked, WORLD)
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        check_precision.check_backend(asked, WORLD)
+
+
 EMULATED = {"dtype": "fp8", "emulate": True}
 
 

@@ -436,6 +436,15 @@ def test_cuda_graphs_of_teachers():
         assert (recipe.teacher.graph_tokens, recipe.reference.graph_tokens) == (256, 64)
 
 
+def test_context_ranks_on_a_gpu_need_16_bits():
+    raw = yaml.safe_load(RECIPE)
+    raw["student"]["parallel"] = {"context": 2}
+    parse(raw)
+    parse(raw | {"device": "cuda", "precision": "bf16"})
+    error = refused(raw | {"device": "cuda"})
+    assert (error.field, error.value) == ("student.parallel.context", 2) and "Write precision: bf16" in error.fix
+
+
 def test_fp8_settings_of_a_device_or_another_section():
     raw = yaml.safe_load(RECIPE) | {"device": "cuda"}
     error = refused(raw | {"precision": {"dtype": "fp8", "fp8_recipe": "mxfp8", "fp8_weights": "all"}})
