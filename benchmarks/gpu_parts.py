@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import interleaved_seconds, seconds_of, timed_steps
+from benchmarks.measure import attention_backend, interleaved_seconds, seconds_of, timed_steps
 from megakd.batch import Batch, Group, Kind, Sample, Step
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import DckdObjective, Objective, SftObjective
@@ -328,6 +328,7 @@ def measured(options: Options, case: Distillation, device: torch.device) -> dict
         "peak_bytes": peak, "planned_bytes": planned.total, "planned_parts": planned.parts,
         "measured_over_planned_bytes": None if peak is None else peak / planned.total,
         "losses": [each["loss"] for each in metrics], "first": metrics[0], "last": metrics[-1],
+        "attention": attention_backend(),
     }
     if setup.dtype in cluster.device.rates:
         time = training_time(cluster, setup)

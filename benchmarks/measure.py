@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,13 @@ def seconds_of(function: Callable[[], Any], device: torch.device = CPU) -> Secon
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
         seconds = slowest.item()
     return Seconds(seconds, used)
+
+
+def attention_backend() -> str | None:
+    """Which attention Transformer Engine has taken last in this process; None where it has not run."""
+    module = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention")
+    kinds = ("flash", "fused", "unfused") if module is not None else ()
+    return next((kind for kind in kinds if module._attention_backends[f"use_{kind}_attention"]), None)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -260,9 +260,9 @@ def _gather(chunk: DistributedDataParallel) -> None:
 
 
 def _add_up_in_place(chunk: DistributedDataParallel) -> None:
-    """Has Transformer Engine's linears add their weights' gradients to megatron-core's sums (`main_grad`) in the products
-    that make them: without rounding to 16 bits, nor a pass over the sums. megatron-core's hooks, which would add them,
-    see that it has been done (`grad_added_to_main_grad`)."""
+    """Has Transformer Engine's linears add their weights' gradients to megatron-core's sums (`main_grad`) in the
+    products that make them: without rounding to 16 bits, nor a pass over the sums. megatron-core's hooks, which would
+    add them, see that it has been done (`grad_added_to_main_grad`)."""
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_parts import llama
-from benchmarks.measure import seconds_of
+from benchmarks.measure import attention_backend, seconds_of
 from megakd.batch import Group, Kind, Sample, Step
 from megakd.check import check_recipe
 from megakd.check_precision import LEAST_CAPABILITY
@@ -114,6 +114,8 @@ def _rows(directory: str, precision: Precision, groups: tuple[Group, ...], micro
             samples_T = batch.sample_ids_B[batch.positions.rows_T].tolist()
             for sample, hidden_H in zip(samples_T, hidden_TH.float().cpu(), strict=True):
                 found.setdefault(sample, []).append(hidden_H)
+    # cuDNN's, or flash-attn's; in float32 Transformer Engine has neither.
+    assert world().device.type == "cpu" or (attention_backend() == "unfused") == (precision.dtype == "fp32")
     return torch.stack([row for sample in sorted(found) for row in found[sample]])
 
 

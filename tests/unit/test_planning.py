@@ -81,6 +81,8 @@ def test_fp8_weights_take_a_byte_each():
     assert (copied["weights"], copied["weights in fp8"]) == (2 * (matrices + others), 2 * matrices)
     assert (held["weights"], held["weights in fp8"]) == (2 * others, 2 * matrices)
     assert held["optimizer"] == copied["optimizer"] == bf16["optimizer"]
+    # One for each shape of weights, whatever the number of layers.
+    assert bf16["gradients' stand-ins"] == held["gradients' stand-ins"] == 2 * matrices / 32
     assert bf16_published == copied_published == held_published + matrices
 
 
