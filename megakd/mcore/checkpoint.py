@@ -142,6 +142,13 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
     files = _Files(path)
     own = files.slices(rank) if writer == reader else {}
     index = _Index(path, writer, files)
+    amaxes = _amax_states(trainer)
+    if writer == reader:
+        # Before parameters are published: FP8 weights were rounded with these scales.
+        for name, values in amaxes.items():
+            values.copy_(files.needed(rank, name))
+    elif amaxes and rank == 0:
+        logger.warning("%s: was written in another layout: the histories of FP8's delayed scaling begin anew", path)
     with trainer.states_at_hand():
         trainer.prepare_states(information["adam_step"])
         for chunk in range(len(trainer.model.chunks)):
@@ -160,13 +167,8 @@ def load(path: Path, trainer: Trainer, facts: Mapping[str, str], world_group: di
         trainer.publish_parameters()
     trainer.set_schedule(step)
     trainer.tokens = information["tokens"]
-    amaxes = _amax_states(trainer)
     if writer == reader:
         _set_random_states(files.random_states(rank))
-        for name, values in amaxes.items():
-            values.copy_(files.needed(rank, name))
-    elif amaxes and rank == 0:
-        logger.warning("%s: was written in another layout: the histories of FP8's delayed scaling begin anew", path)
     return step
 
 

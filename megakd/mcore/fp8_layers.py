@@ -38,6 +38,17 @@ def make_quantizers(chunk: nn.Module, config: TransformerConfig) -> None:
                 module.init_fp8_metadata()
 
 
+def forget_delayed_scaling(config: TransformerConfig) -> None:
+    """Has Transformer Engine let go of trained models that are no more, where scales follow from histories.
+
+    It keeps the scales and histories of all linears that it has met, in the whole process, and reduces all of them,
+    each over its own group, whenever a model's forward pass ends. Those of an earlier stage's layout would be waited
+    for by ranks that never come.
+    """
+    if config.fp8 is not None and config.fp8_recipe == "delayed":
+        fp8_utils.FP8GlobalStateManager.reset()
+
+
 def quantizers_of(chunk: nn.Module) -> Iterator[object]:
     """The quantizers of Transformer Engine's linears in a chunk; none where none is in FP8."""
     for module in _linears(chunk):

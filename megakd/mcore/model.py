@@ -35,7 +35,14 @@ from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
 from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
 from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
-from megakd.mcore.fp8_layers import fill_rows_of, make_quantizers, quantizers_of, readable, share
+from megakd.mcore.fp8_layers import (
+    fill_rows_of,
+    forget_delayed_scaling,
+    make_quantizers,
+    quantizers_of,
+    readable,
+    share,
+)
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.objectives.base import LossContext
@@ -250,7 +257,7 @@ def build_model(
     system does not grow with the number of replicas.
 
     One that is not `trained` only runs forward: its FP8 scales have no history, and `precision.fp8_weights: teachers`
-    holds its weights in FP8.
+    holds its weights in FP8. Of trained ones under delayed scaling a process has one at a time.
 
     Collectives: a broadcast of each parameter over the data group, and one of what went wrong; megatron-core's own for
     tied embeddings.
@@ -260,6 +267,8 @@ def build_model(
     """
     config = transformer_config(architecture, parallel, recompute, precision, device, trained=trained)
     spec = spec_of(device.type, emulated=precision.emulate)
+    if trained:
+        forget_delayed_scaling(config)
     amaxes, emulation = None, None
     if precision.emulate:
         scaling = precision.scaling_of(trained=trained)

@@ -238,10 +238,17 @@ def test_another_layout_keeps_its_random_generators(tied, saved):
     assert all(run_ranks(4, _random_numbers_after_loading, training(tied, Parallel()), str(saved["tied"][0])))
 
 
+def _scales(job: Job) -> set[float]:
+    states = amax_states(unwrap(job.student.chunks[0]), job.student.config)
+    return {scale for name, values in states.items() if name.endswith("scale_K") for scale in values.tolist()}
+
+
 def _after_loading(case: Distillation, folder: str) -> tuple[set[float], list[str], str]:
     """Scales after a delayed training's checkpoint was read into a new trainer, what is said of it, and what is said
     where this rank's histories are missing."""
     job, said, handler = Job(case), [], logging.Handler()
+    published, publish = [], job.trainer.publish_parameters
+    job.trainer.publish_parameters = lambda: published.append(_scales(job)) or publish()
     handler.emit = lambda record: said.append(record.getMessage())
     checkpoint.logger.addHandler(handler)
     path, _ = checkpoint.latest(Path(folder))
@@ -249,9 +256,8 @@ def _after_loading(case: Distillation, folder: str) -> tuple[set[float], list[st
         checkpoint.load(path, job.trainer, FACTS, dist.group.WORLD)
     finally:
         checkpoint.logger.removeHandler(handler)
-    states = amax_states(unwrap(job.student.chunks[0]), job.student.config)
-    scales = {scale for name, values in states.items() if name.endswith("scale_K") for scale in values.tolist()}
-    refused = ""
+    scales, refused = _scales(job), ""
+    assert published == [scales], "FP8 weights would be rounded with other scales than those of the checkpoint"
     if world().size == 1:
         file = path / "rank-00000.safetensors"
         kept, header = load_file(file), open_tensors(file).metadata()

@@ -16,7 +16,7 @@ from megakd.config import Parallel, Precision
 from megakd.config_stages import Optimizer
 from megakd.hf.families import Architecture
 from megakd.mcore import optimizer
-from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of, make_quantizers
+from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of, forget_delayed_scaling, make_quantizers
 from megakd.mcore.model import _of_packed_rows, transformer_config
 from tests.mcore.cases import build
 from tests.mcore.tiny import make_llama
@@ -175,6 +175,15 @@ def test_quantizers_are_made_for_packed_rows_and_a_rollout_goes_without_what_the
     found = _of_packed_rows(model)
     assert [name for _, name in found] == ["sequence_parallel"] * 2 + ["with_amax_reduction", "all_gather_usage"] * 2
     assert all(getattr(owner, name) is True for owner, name in found)
+
+
+def test_a_training_with_delayed_scaling_forgets_those_before_it(monkeypatch):
+    resets = []
+    monkeypatch.setattr(fp8_utils, "FP8GlobalStateManager", SimpleNamespace(reset=lambda: resets.append(True)),
+                        raising=False)
+    for recipe, emulate in (("tensorwise", False), ("delayed", True), ("delayed", False)):
+        forget_delayed_scaling(config_of(recipe, trained=True, emulate=emulate))
+    assert resets == [True]
 
 
 def test_delayed_scaling_s_states_are_those_of_transformer_engine_s_linears(engine_chunk):
