@@ -246,14 +246,15 @@ def saved_of_layer(setup: TrainingSetup, widths: LayerWidths, recompute: str) ->
             attention = 3 * widths.query + 2 * ranks * widths.key + mask
         numbers = 6 * hidden + attention + 5 * widths.ffn * mlp
         return numbers * setup.parameter_bytes + STATISTICS_BYTES * (4 * widths.head_dim + widths.heads + 2)
-    # Transformer Engine keeps a norm's input and output, the projection, rotated query and key, the attention's output,
-    # both halves of the MLP and their product; its ring over context ranks the last rank's keys and values in place of
-    # the rotated key and the projection. From its sources; not measured on a GPU yet.
-    linear_bytes = 1 if setup.dtype == "fp8" else setup.parameter_bytes
-    attention = 3 * widths.query + 3 * widths.key if ranks == 1 else 2 * widths.query + 2 * widths.key
-    numbers = (2 * hidden + attention + 2 * widths.ffn * mlp) * setup.parameter_bytes
-    inputs = (2 * hidden + widths.query + widths.ffn * mlp) * linear_bytes
-    return numbers + inputs + STATISTICS_BYTES * (widths.heads + 2)
+    # Transformer Engine keeps a norm's input and output, what attention has taken and given (queries and keys rotated,
+    # its own copy of the values, which stood between them; a ring over context ranks the last rank's), both halves of
+    # the MLP and their product. Its rotation keeps the angles alone, and in 16 bits the projection after the attention
+    # has the attention's output for its own. From its sources; not measured on a GPU yet.
+    rounded = setup.dtype == "fp8"
+    numbers = 2 * hidden + 2 * widths.query + 2 * widths.key + 2 * widths.ffn * mlp
+    inputs = 2 * hidden + widths.ffn * mlp + (widths.query if rounded else 0)
+    linear_bytes = 1 if rounded else setup.parameter_bytes
+    return numbers * setup.parameter_bytes + inputs * linear_bytes + STATISTICS_BYTES * (widths.heads + 2)
 
 
 def _loss(setup: TrainingSetup) -> float:
