@@ -95,6 +95,15 @@ def write_gradient(chunk: Chunk, saved_SC: Tensor) -> None:
     )
 
 
+def scaled(source: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out = source * weight, rounded once; `source` is contiguous float32, `weight` 0-d, `out` may be the source."""
+    numbers = source.numel()
+    if numbers:
+        grid = (triton.cdiv(numbers, BLOCK),)
+        programs.scale_program[grid](out, source, weight.float(), numbers, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
 def bin_masses(chunk: Chunk, max_C: Tensor, bins_a_logit_C: Tensor, bins: int) -> Tensor:
     """AKL's sums of exp(teacher - max) over the bins' local columns [B, C].
 

@@ -219,6 +219,15 @@ def gradient_program(
     tl.store(out_ptr + row.to(tl.int64) * out_stride + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def scale_program(out_ptr, source_ptr, weight_ptr, numbers, BLOCK: tl.constexpr):
+    """One block of source x weight, both contiguous; `out` may be the source itself."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < numbers
+    scaled = tl.load(source_ptr + places, mask=inside) * tl.load(weight_ptr)
+    tl.store(out_ptr + places, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 # -------------------------------------------------------------------------------------------------------------- AKL
 @triton.jit
 def masses_program(
