@@ -246,9 +246,9 @@ def test_states_in_the_hosts_memory_may_be_what_helps(capsys):
     line = refusal(capsys, *arguments)
     # A rank's eighth of 8.03 billion parameters, 12 bytes each: 11.2 GiB.
     assert re.search(r"Set student\.\S+ \(.+\), or stages\.adpa\.optimizer\.offload=true "
-                     r"\(66\.1 GiB, 11\.2 GiB of the host's memory a GPU\)$", line), line
+                     r"\(66\.2 GiB, 11\.2 GiB of the host's memory a GPU\)$", line), line
     text = plan(capsys, RECIPE, *arguments, "stages.adpa.optimizer.offload=true", "--best", "0", "--json", "plan.json")
-    assert "\n    memory       66.1 of 70.6 GiB" in text and "\n    host memory  11.2 GiB a GPU" in text
+    assert "\n    memory       66.2 of 70.6 GiB" in text and "\n    host memory  11.2 GiB a GPU" in text
     assert "note: the optimizer's states travel" in text
     [adpa] = trainings(json.loads(Path("plan.json").read_text()))
     assert adpa["own"]["memory"]["host"] == pytest.approx(12 * 8.03e9 / 8, rel=0.001)
