@@ -26,6 +26,8 @@ launch = importlib.import_module("megakd.losses.kernels.launch")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = 2.0**-8 if DEVICE.type == "cuda" else 2.0**-7
 ALL = pytest.mark.parametrize("loss", loss_cases.LOSSES)
+# numpy, the interpreter's, tells of what the kernels make of memory beyond a row's end, which is nobody's.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,21 @@ def test_values_and_gradients(loss, dtype, big):
     assert loss_cases._error(state_SC[0].cpu(), value_T.detach()) < 1e-5
     tolerance = {torch.float32: 1e-5, torch.bfloat16: BF16}[dtype]
     assert loss_cases._error(chunk.gradient_CV.cpu(), exact[0].grad) < tolerance
+
+
+@ALL
+def test_what_stands_beyond_a_rows_end_is_nobodys(loss):
+    """A width that is no multiple of 16: rows are read up to one where they are followed by memory of their own, and to
+    their end where they are not."""
+    given, labels_T = _logits(loss, 2, 45, torch.float32)
+    row_loss = _row_loss(loss, labels_T)
+    filled = [torch.full((2, 64), float("nan"), device=DEVICE)[:, :45].copy_(each) for each in given]
+    chunks = [_chunk(row_loss, filled), _chunk(row_loss, [each.contiguous() for each in given])]
+    chunks[0] = replace(chunks[0], gradient_CV=torch.full((2, 48), float("nan"), device=DEVICE)[:, :45])
+    assert [launch._filled(45, each.logits) for each in chunks] == [True, False]
+    found, right = (statistics.run_chunk(row_loss, chunk, with_gradient=True) for chunk in chunks)
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(chunks[0].gradient_CV, chunks[1].gradient_CV, rtol=1e-6, atol=1e-7)
 
 
 @ALL

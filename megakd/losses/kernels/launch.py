@@ -53,7 +53,7 @@ def local_statistics(chunk: Chunk) -> tuple[Tensor, Tensor]:
     if rows:
         programs.statistics_program[(rows, parts)](
             out_SPC, *logits, *(each.stride(0) for each in logits), width, part, form.temperature,
-            KIND=form.kind, LOG_PROBS=beside, BLOCK=block, num_warps=WARPS,
+            KIND=form.kind, LOG_PROBS=beside, FILLED=_filled(width, logits), BLOCK=block, num_warps=WARPS,
         )
     return out_SPC[:maxima], out_SPC[maxima:]
 
@@ -67,7 +67,8 @@ def mixture_sums(chunk: Chunk, numbers_3C: Tensor) -> Tensor:
     if rows:
         programs.mixture_program[(rows, parts)](
             out_2PC, student_CV, teacher_CV, numbers_3C, student_CV.stride(0), teacher_CV.stride(0),
-            numbers_3C.stride(0), chunk.columns.width, part, BLOCK=block, num_warps=WARPS,
+            numbers_3C.stride(0), chunk.columns.width, part, FILLED=_filled(chunk.columns.width, chunk.logits),
+            BLOCK=block, num_warps=WARPS,
         )
     return out_2PC.sum(1)
 
@@ -91,7 +92,8 @@ def write_gradient(chunk: Chunk, saved_SC: Tensor) -> None:
         out_CV, *logits, saved_SC, labels_C, weights_2C,
         out_CV.stride(0), *(each.stride(0) for each in logits), rows, len(saved_SC) - 3, rows,
         columns.width, blocks, form.beta, form.temperature, form.cap or 1.0,
-        KIND=form.kind, LOG_PROBS=beside, SOFTCAP=form.cap is not None, BLOCK=block, num_warps=WARPS,
+        KIND=form.kind, LOG_PROBS=beside, SOFTCAP=form.cap is not None,
+        FILLED=_filled(columns.width, [out_CV, *logits]), BLOCK=block, num_warps=WARPS,
     )
 
 
@@ -139,7 +141,7 @@ def bin_gaps(chunk: Chunk, numbers_6C: Tensor, candidates: int) -> tuple[Tensor,
         programs.gaps_program[(rows, parts)](
             out_2PC, held_3KC, counts_C, student_CV, teacher_CV, numbers_6C, student_CV.stride(0),
             teacher_CV.stride(0), numbers_6C.stride(0), chunk.columns.width, part, chunk.columns.first,
-            CANDIDATES=candidates, BLOCK=block, num_warps=WARPS,
+            CANDIDATES=candidates, FILLED=_filled(chunk.columns.width, chunk.logits), BLOCK=block, num_warps=WARPS,
         )
     return out_2PC.sum(1), held_3KC, counts_C
 
@@ -147,6 +149,15 @@ def bin_gaps(chunk: Chunk, numbers_6C: Tensor, candidates: int) -> tuple[Tensor,
 def _three(chunk: Chunk) -> list[Tensor]:
     """Three models' logits: the student's stand in for those that the loss has not, and are not read."""
     return chunk.logits + chunk.logits[:1] * (3 - len(chunk.logits))
+
+
+def _filled(width: int, matrices: list[Tensor]) -> bool:
+    """Whether all rows of a width that is no multiple of 16 are followed by memory up to one, as a `Room`'s are."""
+    whole = triton.cdiv(width, 16) * 16
+    return whole > width and all(
+        each.stride(0) >= whole
+        and each.storage_offset() + (len(each) - 1) * each.stride(0) + whole <= each.untyped_storage().nbytes()
+        // each.element_size() for each in matrices)
 
 
 def _block(width: int) -> int:
