@@ -11,12 +11,15 @@ Bytes a logit's column [C, V], R models of b bytes a logit (4 by default), g byt
 | `bin_gaps`          | 2 b   | 0      | akl: its second pass                                     |
 | `write_gradient`    | R b   | g      | all                                                      |
 
-All are bound by memory. A program takes BLOCK columns at a time with 8 warps: 16 numbers a thread and model, four loads
-of 16 bytes each, so that 2 models have 32 KiB on their way from one program and three or four programs fit on a
-multiprocessor; an H200 needs some 30 to 40 KiB on the way on each (4.8 TB/s times 0.8 us over 132). Rows are cut into
-parts of PART columns rather than a program a row: a chunk of 256 rows would leave multiprocessors idle, and short
-programs end together. Parts are combined like the ranks' shares, and do not depend on the device or on the number of
-rows. No autotuning: it would run kernels in the middle of a step, and the sums would depend on its outcome.
+`scaled` weighs and rounds d(head) in one pass: 4 bytes read and 2 written a number.
+
+All are bound by memory, but `bin_masses`, whose atomic adds (one a logit) may take several times what reading does. A
+program takes BLOCK columns at a time with 8 warps: 16 numbers a thread and model, four loads of 16 bytes each, so
+that 2 models have 32 KiB on their way from one program and four programs fit on a multiprocessor (of three models
+three); an H200 needs some 30 to 40 KiB on the way on each (4.8 TB/s times 0.8 us over 132). Rows are cut into parts
+of PART columns rather than a program a row: a chunk of 256 rows would leave multiprocessors idle, and short programs
+end together. Parts are combined like the ranks' shares, and do not depend on the device or on the number of rows. No
+autotuning: it would run kernels in the middle of a step, and the sums would depend on its outcome.
 
 Legend: C tokens of a chunk, V local vocabulary columns, R models, S numbers, P parts of a row, B bins, K candidates.
 """
@@ -34,8 +37,9 @@ BLOCK = 4096
 PART = 4 * BLOCK
 WARPS = 8
 REGISTERS = {1: 64, 2: 64, 3: 80}
-"""Registers a thread of the first pass, by models: four programs fit on a Hopper multiprocessor, of three models three.
-Left to itself Triton 3.6 takes up to 111, of which two fit. None is spilled."""
+"""Registers a thread of the first pass, by models: four programs fit on a Hopper multiprocessor, of three models
+three. Left to itself Triton 3.6 takes up to 111, of which two fit. It spills none; 3.9 spills up to 24 bytes, of
+akl's at odd widths."""
 SUMS = {"log_prob": 1, "forward_kl": 3, "reverse_kl": 3, "jsd": 2, "akl": 4, "advantage": 4}
 """Sums of the first pass, without those of the log-probabilities beside it."""
 
