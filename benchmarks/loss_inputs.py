@@ -116,8 +116,8 @@ def make_inputs(loss: str, shapes: Shapes, rank: int = 0, ranks: int = 1) -> Inp
 
 
 def outcome_of(value: Tensor, student: tuple[Tensor, Tensor]) -> Outcome:
-    """Runs the backward pass of the mean."""
-    return Outcome(value.detach(), *torch.autograd.grad(value.mean(), student))
+    """Runs the backward pass of the mean: a sum and a quotient, as the trainer has it."""
+    return Outcome(value.detach(), *torch.autograd.grad(value.sum() / value.numel(), student))
 
 
 # ------------------------------------------------------------------------------------------------------------- megakd
