@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         # Both build against the CUDA torch that is installed; see docs/gpu_status.md.
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "gpu": ["torch>=2.10", "transformer-engine[pytorch]>=2.9,<2.12"],
         # Reading GGUF files and comparing with transformers.
         "hf": ["transformers>=5,<6", "gguf>=0.17", "accelerate>=1.10"],
         "eval": ["rouge-score>=0.1.2"],

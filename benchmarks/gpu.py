@@ -110,7 +110,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = "" if options.quickstart_models or options.small else "--quickstart-models is not given"
     found = [
         Part("te_smoke", 120, smoke or no_gpu), Part("environment", 75), Part("models", 90), Part("training:bf16", 90),
-        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("fused_losses", 90),
+        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("fused_losses", 150),
         Part("loss_kernels", 120), Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models),
     ]
     if options.only:
@@ -209,6 +209,8 @@ def figures(parts: dict[str, Any]) -> Iterator[Figure]:
         yield "teacher_graphs", f"{what}: held by all recordings so far", row["held_bytes"] / 2**30, "GiB", "", None
     if "loss_kernels" in there:
         for row in there["loss_kernels"]["kernels"]:
+            if "share_of_copy" not in row:
+                continue
             share = row["share_of_copy"]
             yield "loss_kernels", f"{row['name']}, {row['dtype']}: of a copy's rate", share, "", ">= 0.8", share >= 0.8
     if "fused_losses" in there:

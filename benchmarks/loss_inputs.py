@@ -20,7 +20,7 @@ TEACHERS = {"log_probs": 0, "forward_kl": 1, "reverse_kl": 1, "jsd": 1, "akl": 1
 """Losses, and how many further models each takes."""
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "akl")
 CHUNKS = (64, 128, 256, 512, 1024)
-CUDA_CHUNKS = (256, 1024, 4096, 8192)
+CUDA_CHUNKS = (1024, 2048, 4096, 8192)
 """Beyond 8,192 tokens the logits of a vocabulary of 128,256 take more than 4 GB in float32."""
 JSD_BETA, AKL_MU, DPO_BETA = 0.5, 0.5, 0.1
 
@@ -116,8 +116,8 @@ def make_inputs(loss: str, shapes: Shapes, rank: int = 0, ranks: int = 1) -> Inp
 
 
 def outcome_of(value: Tensor, student: tuple[Tensor, Tensor]) -> Outcome:
-    """Runs the backward pass of the mean."""
-    return Outcome(value.detach(), *torch.autograd.grad(value.mean(), student))
+    """Runs the backward pass of the mean: a sum and a quotient, as the trainer has it."""
+    return Outcome(value.detach(), *torch.autograd.grad(value.sum() / value.numel(), student))
 
 
 # ------------------------------------------------------------------------------------------------------------- megakd
@@ -138,7 +138,7 @@ def _megakd(inputs: Inputs, chunk: int | None) -> Outcome:
             logp_T = losses.fused_token_log_probs(*student, inputs.labels_T, recompute=True, **settings)
             with torch.no_grad():
                 ref_logp_T = losses.fused_token_log_probs(*teachers, inputs.labels_T, **settings)
-            rows_T = torch.arange(2 * inputs.pairs).repeat_interleave(inputs.sequence)
+            rows_T = torch.arange(2 * inputs.pairs, device=logp_T.device).repeat_interleave(inputs.sequence)
             sums = [losses.sequence_sums(one_T, rows_T, 2 * inputs.pairs) for one_T in (logp_T, ref_logp_T)]
             (chosen_P, rejected_P), (ref_chosen_P, ref_rejected_P) = (sums_N.chunk(2) for sums_N in sums)
             value = losses.dpo(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta=DPO_BETA)

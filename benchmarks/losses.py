@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -42,17 +43,17 @@ from benchmarks.loss_table import table, write_plots  # noqa: E402
 from benchmarks.record_run import machine  # noqa: E402
 
 LIMIT, OURS = "bare GEMMs", "megakd"
+CUDA_CALLS = 3
+"""Calls of everything in a round on a GPU, for which Python launches the second while the first runs."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the ranks of each TP size and writes what they found."""
+def main(arguments: Sequence[str] | None = None, seen: Callable[[dict[str, Any]], None] | None = None) -> int:
+    """Runs the ranks of each TP size and writes what they found; `seen` is told after each loss. 1 if one failed."""
     options = parse(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit both
     os.environ["KINETO_LOG_LEVEL"] = "99"  # else the profiler tells of each start and stop
-    results = []
-    for ranks in options.tp:
-        results += run_ranks(ranks, options)
+    results: list[dict[str, Any]] = []
     record = {
         "command": " ".join(["python benchmarks/losses.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "note": options.note,
@@ -62,13 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "note")},
         "results": results,
     }
+    for ranks in options.tp:
+        for rows in run_ranks(ranks, options):
+            results += rows
+            if seen is not None:
+                seen(record)
     print(table(record))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         plots = write_plots(record, options.out)
         print(f"\n{options.out}, {', '.join(plot.name for plot in plots)}")
-    return 0
+    return int(any("unavailable" in row for row in results if row["name"] in (LIMIT, OURS)))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -85,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", default=5, **number)
     parser.add_argument("--sweep-tokens", default=1024, help="tokens on which chunk sizes are tried", **number)
     parser.add_argument("--error-tokens", default=48, help="tokens on which errors are measured", **number)
-    parser.add_argument("--chunk", help="megakd's chunk_tokens; else its default, on a GPU the fastest", **number)
+    parser.add_argument("--chunk", help="megakd's chunk_tokens; else its default", **number)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of hidden states and heads")
     parser.add_argument("--only", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="LOSS")
@@ -117,8 +123,8 @@ def versions() -> dict[str, str | None]:
 
 
 # -------------------------------------------------------------------------------------------------------------- ranks
-def run_ranks(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Starts the processes of one TP size and returns what the first one found."""
+def run_ranks(ranks: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Starts the processes of one TP size and yields what the first one found of each loss."""
     context = multiprocessing.get_context("spawn")
     directory = tempfile.mkdtemp(prefix="losses-")
     ours, theirs = context.Pipe(duplex=False)
@@ -130,10 +136,11 @@ def run_ranks(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         for process in processes:
             process.start()
         theirs.close()
-        while not ours.poll(1.0):
-            if any(process.exitcode for process in processes):
-                break
-        return ours.recv()
+        for _ in options.only:
+            while not ours.poll(1.0):
+                if any(process.exitcode for process in processes):
+                    break
+            yield ours.recv()
     except EOFError as error:
         raise SystemExit(f"a rank of TP {ranks} has failed; its message is above") from error
     finally:
@@ -145,7 +152,7 @@ def run_ranks(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_rank(rank: int, ranks: int, directory: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """Life of one rank: all losses, one after another."""
+    """Life of one rank: all losses, one after another. Alone, a rank goes on after a loss that failed."""
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's host name need not resolve
     torch.set_num_threads(1)
@@ -155,11 +162,16 @@ def run_rank(rank: int, ranks: int, directory: str, options: argparse.Namespace,
         peers.start_megatron(ranks)
     shapes = Shapes(options.tokens, options.vocab, options.hidden, options.teacher_hidden, options.sequence,
                     options.logit_std, options.device, DTYPES[options.dtype])
-    rows = []
     for loss in options.only:
-        rows += measure_loss(loss, shapes, options, rank, ranks)
-    if rank == 0:
-        pipe.send(rows)
+        try:
+            rows = measure_loss(loss, shapes, options, rank, ranks)
+        except Exception as error:
+            if ranks > 1:  # the others wait for this one
+                raise
+            traceback.print_exc()
+            rows = [{"loss": loss, "tp": ranks, "name": OURS, "unavailable": in_short(error)}]
+        if rank == 0:
+            pipe.send(rows)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -174,13 +186,12 @@ def measure_loss(
     rows = [{"loss": loss, "tp": ranks, "name": name, "unavailable": reason} for name, reason in missing]
     running: dict[str, tuple[Contestant, Any]] = {}
     right = right_outcome(loss, shapes, options, ranks)
-    device, chunks = torch.device(options.device), (options.chunk,)
+    device, ours, calls = torch.device(options.device), [loss_inputs.megakd(options.chunk)], 1
+    limit = loss_inputs.bare_gemms()
     if options.device == "cuda":
-        chunks = chunks if options.chunk else loss_inputs.CUDA_CHUNKS
-        limit = loss_inputs.bare_gemms(loss_inputs.CUDA_CHUNKS)
-    else:
-        limit = loss_inputs.bare_gemms()
-    for contestant in [limit, loss_inputs.megakd(*chunks), *found]:
+        calls, limit = CUDA_CALLS, loss_inputs.bare_gemms(loss_inputs.CUDA_CHUNKS)
+        ours.append(replace(loss_inputs.megakd(*loss_inputs.CUDA_CHUNKS), name=f"{OURS}, fastest chunk"))
+    for contestant in [limit, *ours, *found]:
         row = {"loss": loss, "tp": ranks, "name": contestant.name, "note": contestant.note}
         rows.append(row)
         if ranks > 1 and not contestant.shards:
@@ -195,12 +206,12 @@ def measure_loss(
             if contestant.name in (LIMIT, OURS):
                 raise
             traceback.print_exc()
-            row["unavailable"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            row["unavailable"] = in_short(error)
             continue
         running[contestant.name] = (contestant, setting)
     functions = {name: contestant.prepare(inputs, setting) for name, (contestant, setting) in running.items()}
     say(f"TP {ranks} {loss}: {options.repeats} rounds of {len(functions)}", rank)
-    seconds = measure.interleaved_seconds(functions, options.repeats, device)
+    seconds = measure.interleaved_seconds(functions, options.repeats, device, calls)
     for row in rows:
         if row["name"] in seconds:
             add_seconds(row, seconds)
@@ -273,6 +284,11 @@ def add_seconds(row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
     row["seconds"] = {"median": median, "first_quartile": first, "third_quartile": third, "all": mine}
     row["over_limit"] = measure.paired_ratio(mine, seconds[LIMIT])
     row["over_megakd"] = measure.paired_ratio(mine, seconds[OURS])
+
+
+def in_short(error: Exception) -> str:
+    """Its type and first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def say(text: str, rank: int) -> None:

@@ -62,6 +62,24 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_a_call(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds of a call, of several on this rank that are given to `device` one after another without waiting.
+
+    On CUDA between two of its events: while one call runs the next is launched, as in a training, so what Python takes
+    for that is in the time of the first call alone.
+    """
+    if device.type != "cuda":
+        return sum(seconds_of(function, device).wall for _ in range(calls)) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
 def timed_steps(step: Callable[[int], Any], warm_up: int, count: int, device: torch.device = CPU) -> list[Seconds]:
     """Seconds of the steps `warm_up`, `warm_up` + 1, ... of a training on this rank; those before are not timed."""
     for number in range(warm_up):
@@ -70,8 +88,9 @@ def timed_steps(step: Callable[[int], Any], warm_up: int, count: int, device: to
 
 
 def interleaved_seconds(functions: dict[str, Callable[[], Any]], repeats: int,
-                        device: torch.device = CPU) -> dict[str, list[float]]:
-    """Seconds of each function in each round. A round runs all of them, each round beginning with another one.
+                        device: torch.device = CPU, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function in each round. A round runs all of them, each round beginning with another one; with
+    more `calls` than one it calls each so often (`seconds_a_call`), on one rank.
 
     A machine that slows down for a while slows down all of a round: hence times are compared within rounds.
     """
@@ -85,7 +104,8 @@ def interleaved_seconds(functions: dict[str, Callable[[], Any]], repeats: int,
         for repeat in range(repeats):
             first = repeat % max(len(names), 1)
             for name in names[first:] + names[:first]:
-                seconds[name].append(seconds_of(functions[name], device).wall)
+                seconds[name].append(seconds_of(functions[name], device).wall if calls == 1 else
+                                     seconds_a_call(functions[name], device, calls))
                 gc.collect()
     finally:
         gc.unfreeze()

@@ -20,6 +20,9 @@ GATHERED_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
 (`assert_dim_for_all_gather`, `Float8BlockQuantizer.is_quantizable`)."""
 LEAST_CAPABILITY, LEAST_CUDA = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}, (12, 9)
 """Compute capability that a recipe needs, and CUDA for blockwise (quantization.py, `check_recipe_support`)."""
+LEAST_TORCH = (2, 10)
+"""For 16-bit numbers on CUDA: the first release whose `addmm` with `out_dtype` takes a float32 tensor to add to (its
+_addmm_dtype_out_cuda asked for the operands' dtype before pull request 167931 of November 2025)."""
 NO_MXFP8 = (12, 0)
 """From this compute capability on Transformer Engine 2.11 has not all of MXFP8's products."""
 PACKED_ATTENTION, NO_PACKED_ATTENTION = (9, 0), 12
@@ -47,6 +50,11 @@ def check_backend(recipe: Recipe, world: int) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("device", "cuda", "the losses on CUDA are Triton's kernels, which is not installed",
                           "pip install the release of triton that this build of PyTorch names, or write device: cpu")
+    if recipe.precision.dtype != "fp32" and (release := _release(torch.__version__)) < LEAST_TORCH:
+        raise ConfigError("precision.dtype", recipe.precision.dtype,
+                          "the losses add products of 16-bit numbers to float32 ones (addmm with out_dtype), which "
+                          f"CUDA's form of torch {'.'.join(map(str, release))} refuses and that of 2.10 takes",
+                          "Install torch 2.10 or later, or write precision: fp32")
     if recipe.precision.dtype == "fp8" and not emulated:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
     if recipe.precision.dtype != "fp32" and not emulated:
@@ -54,6 +62,12 @@ def check_backend(recipe: Recipe, world: int) -> None:
     if recipe.teacher.cuda_graphs or recipe.reference.cuda_graphs:
         gpus.check_graph_memory(os.environ)
     gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(2, 11) of "2.11.0+cu130"."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _check_capability(recipe: str, capability: tuple[int, int], cuda: str | None) -> None:

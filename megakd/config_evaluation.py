@@ -40,7 +40,7 @@ class EvalStage(Stage):
     """Left out, the answers are greedy."""
     max_new_tokens: int = Field(48, ge=1)
     slots: int = Field(32, ge=1)
-    chunk_tokens: int = Field(256, ge=1)
+    chunk_tokens: int | None = Field(None, ge=1)
 
 
 class AnsweringStage(Stage):

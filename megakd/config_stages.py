@@ -91,8 +91,8 @@ class TrainStage(Stage):
     """Groups in one optimizer step, over all data-parallel ranks."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints."""
-    chunk_tokens: int = Field(256, ge=1)
-    """Tokens whose logits exist at one time inside the fused losses."""
+    chunk_tokens: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at one time inside the fused losses; left out, what suits the device (chunks.py)."""
 
     def resumes_after(self, steps: int) -> bool:
         """Whether a checkpoint after so many steps can be gone on from: answers cannot be drawn again from weights that
@@ -160,7 +160,7 @@ class ScoreStage(Stage):
     """Name of the `generate` stage with the student's own answers, where these are scored."""
     teacher_answers: str | None = None
     """Name of the `generate` stage with the teacher's answers, where these are scored."""
-    chunk_tokens: int = Field(256, ge=1)
+    chunk_tokens: int | None = Field(None, ge=1)
 
     @property
     def inputs(self) -> tuple[str, ...]:

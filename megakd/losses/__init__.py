@@ -12,7 +12,7 @@ from megakd.losses.fused_head import (
     fused_expected_advantage,
     fused_token_log_probs,
 )
-from megakd.losses.likelihood import sequence_sums, sequence_weights, token_log_probs
+from megakd.losses.likelihood import negative, sequence_sums, sequence_weights, token_log_probs
 from megakd.losses.listwise import pad_probabilistic, pad_vanilla, plackett_luce_log_prob
 from megakd.losses.policy_gradient import (
     behaviour_log_probs,
@@ -53,6 +53,7 @@ __all__ = [
     "fused_topk_advantage",
     "fused_topk_distillation",
     "ipo",
+    "negative",
     "pad_probabilistic",
     "pad_vanilla",
     "plackett_luce_log_prob",

@@ -1,7 +1,7 @@
 """The per-token losses from hidden states: LM heads are applied inside, a chunk of tokens at a time.
 
 No [T, V] tensor lives between forward and backward. Peak memory is a chunk's logits for each model, a few rows of
-scratch (a chunk's on an accelerator), and the gradients of hidden and head; see hidden_states.py.
+scratch (on CUDA a few chunks' gradients in 16 bits), and the gradients of hidden and head; see hidden_states.py.
 
 Legend: T tokens, V local vocabulary columns, H student width, K teacher width, J reference width.
 """
@@ -20,8 +20,6 @@ from megakd.losses.likelihood import LogProb, check_labels, check_weights
 from megakd.losses.released import ArgmaxPreference
 from megakd.losses.statistics import check_positive
 
-CHUNK_TOKENS = 256
-
 
 def fused_token_log_probs(
     hidden_TH: Tensor,
@@ -34,7 +32,7 @@ def fused_token_log_probs(
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     recompute: bool = False,
     sequence_parallel: bool = False,
 ) -> Tensor:
@@ -51,7 +49,7 @@ def fused_token_log_probs(
         logit_scale, logit_softcap, temperature: as above; the softcap is left out where it is None.
         tp_group: ranks over which V is cut; None means not cut.
         vocab_size: real vocabulary; columns at or above it get no probability and no gradient.
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: tokens whose logits are held at a time; None takes what suits the device (chunks.py).
         recompute: False makes the gradient in the forward pass, the least work where the backward pass weighs all
             tokens alike (a sum or a mean). True makes logits again in the backward pass: for a caller that weighs
             tokens one by one, as preference losses do. The result is the same.
@@ -62,9 +60,9 @@ def fused_token_log_probs(
         logp_T, float32 (float64 for float64 hidden states). d(hidden) is complete on every rank (this rank's share
         under sequence parallelism), d(head) and d(bias) are the local rows'.
 
-    Collectives: one MAX and one SUM all-reduce of a few numbers a token for each chunk; one SUM of each chunk's
-    d(hidden), which runs beside the next chunk's products. Under sequence parallelism one all-gather of hidden and one
-    reduce-scatter of d(hidden) instead of these.
+    Collectives: one MAX and one SUM all-reduce of a few numbers a token for each chunk; one SUM of d(hidden) for each
+    chunk (for GRADIENT_CHUNKS together on CUDA), which runs beside the next products. Under sequence parallelism one
+    all-gather of hidden and one reduce-scatter of d(hidden) instead of these.
 
     Raises:
         LossInputError: shapes that do not match, T that does not divide by the group's size under sequence parallelism,
@@ -95,7 +93,7 @@ def fused_divergence(
     logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     recompute: bool = False,
     sequence_parallel: bool = False,
 ) -> Tensor:
@@ -148,7 +146,7 @@ def fused_expected_advantage(
     logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     recompute: bool = False,
     sequence_parallel: bool = False,
 ) -> Tensor:
@@ -198,7 +196,7 @@ def fused_dpkd_token(
     logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     recompute: bool = False,
     sequence_parallel: bool = False,
 ) -> Tensor:
@@ -239,7 +237,7 @@ def fused_distillation(
     logit_softcap: float | tuple[float | None, ...] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence to the teacher and log-probabilities of labels, weighted token by token, with one pass of the heads.

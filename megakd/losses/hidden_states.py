@@ -6,7 +6,11 @@ known, so d(head) is made for equal weights. Where the backward pass then meets 
 weighted or masked one by one), it makes the logits again, which is as exact and slower; a caller that knows that
 beforehand says `recompute`. No [T, V] tensor lives between forward and backward either way.
 
-Legend: T tokens, C tokens of a chunk, V local vocabulary columns, H hidden width, R models (student first), S numbers.
+On CUDA a chunk's gradient by the logits is 16-bit numbers beside float32 logits. There a few chunks' gradients are kept
+until d(hidden) and d(head) are made of them together (GRADIENT_CHUNKS): every product reads and writes all of d(head).
+
+Legend: T tokens, C tokens of a chunk, G tokens of a few chunks, V local vocabulary columns, H hidden width, R models
+(student first), S numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megakd.chunks import GRADIENT_CHUNKS, chunk_tokens_on
 from megakd.errors import LossInputError
 from megakd.losses.combined import Softcapped
 from megakd.losses.statistics import (
@@ -32,8 +37,10 @@ from megakd.losses.statistics import (
     chunks,
     give_gradient,
     group_size_and_rank,
+    kernels,
     local_columns,
     run_chunk,
+    runs_kernels,
     statistics_dtype,
 )
 
@@ -58,7 +65,8 @@ class HeadInput:
 class Settings:
     """How a call runs; see the arguments of `fused_token_log_probs`."""
 
-    chunk_tokens: int
+    chunk_tokens: int | None
+    """None: the device's own (chunks.py)."""
     temperature: float
     recompute: bool
     sequence_parallel: bool
@@ -87,6 +95,7 @@ def hidden_row_loss(
         LossInputError: a setting out of range; on CPU tensors, values that are not finite.
     """
     check_positive("temperature", settings.temperature)
+    settings = replace(settings, chunk_tokens=chunk_tokens_on(models[0].hidden_TH.device.type, settings.chunk_tokens))
     if settings.chunk_tokens < 1:
         raise LossInputError(f"chunk_tokens = {settings.chunk_tokens}: it must be at least 1")
     if not torch.is_grad_enabled():
@@ -155,7 +164,7 @@ class _FromHidden(torch.autograd.Function):
         for chunk in heads.chunks():
             states.append(run_chunk(plan.loss, chunk, with_gradient=with_gradient))
             if gradients is not None:
-                gradients.add(chunk, torch.ones_like(states[-1][0]))
+                gradients.add(chunk, None)
         state_ST = torch.cat(states, 1)
         check_values(state_ST[0], _named(plan, tensors))
         ctx.save_for_backward(state_ST[1:], *tensors)
@@ -173,28 +182,24 @@ class _FromHidden(torch.autograd.Function):
         # They are scaled in place, so a second backward pass through the same graph has to make them again.
         made, ctx.gradients = ctx.gradients, None
         if made is not None and _equal_weights(upstream_T):
-            weight = upstream_T[0] if len(upstream_T) else 1.0
-            made = tuple(None if tensor is None else tensor.mul_(weight) for tensor in made)
+            weight = upstream_T[0] if len(upstream_T) else upstream_T.new_ones(())
+            student = [None if tensor is None else _scaled(tensor, weight, like.dtype)
+                       for tensor, like in zip(made, tensors[:3], strict=True)]
         else:
             heads = _Heads(ctx.plan, tensors, with_gradient=True)
             gradients = _StudentGradients(heads, wanted)
             for chunk in heads.chunks():
                 give_gradient(ctx.plan.loss, chunk, saved_ST[:, chunk.rows])
-                gradients.add(chunk, upstream_T[chunk.rows])
-            made = gradients.finish()
-        student = (
-            None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(made, tensors[:3], strict=True)
-        )
+                gradients.add(chunk, upstream_T)
+            student = [None if tensor is None else tensor.to(like.dtype)
+                       for tensor, like in zip(gradients.finish(), tensors[:3], strict=True)]
         return None, *student, *(None for _ in tensors[3:])
 
 
 def _equal_weights(upstream_T: Tensor) -> bool:
-    """Whether all tokens have one weight, as after a plain sum. On an accelerator only the tensor's strides are asked:
-    looking at its numbers would wait for the device."""
-    if len(upstream_T) < 2 or upstream_T.stride(0) == 0:
-        return True
-    return upstream_T.device.type == "cpu" and bool((upstream_T == upstream_T[0]).all())
+    """Whether all tokens have one weight. After a plain sum the tensor's strides say so. After a mean or `-values` its
+    numbers must be looked at, which waits for an accelerator, and takes a fraction of making the logits again."""
+    return len(upstream_T) < 2 or upstream_T.stride(0) == 0 or bool((upstream_T == upstream_T[0]).all())
 
 
 class _Heads:
@@ -215,7 +220,8 @@ class _Heads:
         # d(bias) adds the gradient up as it is; the products take it in their operands' dtype.
         in_float = not with_gradient or self.models[0][2] is not None
         gradient_dtype = self.dtype if in_float else self.models[0][1].dtype
-        self.room = Room(plan.loss, rows, plan.columns, self.dtype, device, gradient_dtype)
+        several = min(self.tokens, GRADIENT_CHUNKS * plan.settings.chunk_tokens)
+        self.room = Room(plan.loss, rows, plan.columns, self.dtype, device, gradient_dtype, several)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, which the caller may overwrite."""
@@ -233,7 +239,8 @@ class _Heads:
 
 
 class _StudentGradients:
-    """d(hidden), d(head) and d(bias) of the student, added up chunk by chunk; None for what is not wanted.
+    """d(hidden), d(head) and d(bias) of the student, made of a chunk or of a few together and added up; None for what
+    is not wanted.
 
     The tokens' weights are applied on the side of H, which is narrower than V.
     """
@@ -247,29 +254,39 @@ class _StudentGradients:
         self.bias_V = torch.zeros(rows, dtype=heads.dtype, device=device) if wanted[2] else None
         self.works: list[dist.Work] = []
 
-    def add(self, chunk: Chunk, weight_C: Tensor) -> None:
-        """Adds what follows from a chunk's d value / d logits, by the tokens' weights.
+    def add(self, chunk: Chunk, weight_T: Tensor | None) -> None:
+        """Adds what follows from a chunk's d value / d logits, by all tokens' weights (None: 1 each), as soon as there
+        is no room for another chunk's.
 
-        Collectives: begins one SUM all-reduce of the chunk's d(hidden), which goes on beside the next chunk's products
-        (one reduce-scatter of all d(hidden) at the end under sequence parallelism).
+        Collectives: begins one SUM all-reduce of these tokens' d(hidden), which goes on beside the next products (one
+        reduce-scatter of all d(hidden) at the end under sequence parallelism).
         """
-        width, rows = self.plan.columns.width, chunk.rows
+        first = chunk.rows.start - chunk.rows.start % max(1, self.heads.room.gradient_rows)
+        rows = slice(first, chunk.rows.stop)
+        if rows.stop - rows.start < self.heads.room.gradient_rows and rows.stop < self.heads.tokens:
+            return
+        width = self.plan.columns.width
         hidden_TH, head_VH, _ = self.heads.models[0]
-        gradient_CV = chunk.gradient_CV.to(head_VH.dtype)
-        weight_C1 = (weight_C * (self.plan.scales[0] / self.plan.settings.temperature))[:, None]
+        gradient_GV = self.heads.room.gradients(rows)
+        operand_GV = gradient_GV.to(head_VH.dtype)
+        # A number for all tokens is a factor of the products; numbers of their own take a pass over [G, H].
+        factor = self.plan.scales[0] / self.plan.settings.temperature
+        weight_G1 = None if weight_T is None else weight_T[rows, None]
         if self.hidden_TH is not None:
-            _multiply(gradient_CV, head_VH, self.hidden_TH[rows]).mul_(weight_C1)
+            made_GH = _multiply(operand_GV, head_VH, self.hidden_TH[rows], factor=factor)
+            if weight_G1 is not None:
+                made_GH.mul_(weight_G1)
             if self.plan.columns.group is not None and not self.plan.settings.sequence_parallel:
-                group = self.plan.columns.group
-                self.works.append(dist.all_reduce(self.hidden_TH[rows], group=group, async_op=True))
+                self.works.append(dist.all_reduce(made_GH, group=self.plan.columns.group, async_op=True))
         if self.head_VH is not None:
-            weighted_CH = (hidden_TH[rows] * weight_C1).to(gradient_CV.dtype)
-            # The first chunk's product is written, not added: a pass over zeros is saved.
-            _multiply(gradient_CV.t(), weighted_CH, self.head_VH[:width], add=rows.start > 0)
+            hidden_GH = hidden_TH[rows] if weight_G1 is None else (hidden_TH[rows] * weight_G1).to(operand_GV.dtype)
+            # The first product is written, not added: a pass over zeros is saved.
+            _multiply(operand_GV.t(), hidden_GH, self.head_VH[:width], factor=factor, add=rows.start > 0)
             if rows.start == 0:
                 self.head_VH[width:].zero_()
         if self.bias_V is not None:
-            self.bias_V[:width] += weight_C1[:, 0] @ chunk.gradient_CV
+            ones_G = gradient_GV.new_ones(len(gradient_GV))
+            self.bias_V[:width] += ((ones_G if weight_G1 is None else weight_G1[:, 0]) * factor) @ gradient_GV
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients, when all chunks have been added."""
@@ -313,6 +330,17 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, *, factor: float = 1.0, 
     if left.dtype == out.dtype:
         return out.addmm_(left, right, beta=beta, alpha=factor)
     return torch.addmm(out, left, right, beta=beta, alpha=factor, out_dtype=out.dtype, out=out)
+
+
+def _scaled(made: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient times a 0-d weight, in the dtype of what it is the gradient of; `made` may be lost.
+
+    On CUDA in one pass: d(head) of 128,256 x 4,096 is 2.1 GB, which torch would read and write to weigh it, and read
+    again to round it.
+    """
+    if made.dtype == torch.float32 and runs_kernels(made.device):
+        return kernels().scaled(made, weight, made if dtype == made.dtype else torch.empty_like(made, dtype=dtype))
+    return made.mul_(weight).to(dtype)
 
 
 def _named(plan: Plan, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:

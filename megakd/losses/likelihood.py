@@ -146,6 +146,24 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient, None
 
 
+class _Negative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values_T: Tensor) -> Tensor:
+        return -values_T
+
+    @staticmethod
+    def backward(ctx, gradient_T: Tensor) -> Tensor:
+        if gradient_T.stride(0) == 0:  # of a sum: one number, seen T times
+            return (-gradient_T[:1]).expand_as(gradient_T)
+        return -gradient_T
+
+
+def negative(values_T: Tensor) -> Tensor:
+    """-values, [T]. Unlike torch's its backward pass hands on one number for all tokens as one number: the fused losses
+    have their gradient then, and would look at T numbers to find them equal (which waits for an accelerator)."""
+    return _Negative.apply(values_T)
+
+
 def sequence_sums(
     values_T: Tensor, rows_T: Tensor, rows: int, *, cp_group: dist.ProcessGroup | None = None
 ) -> Tensor:

@@ -217,6 +217,11 @@ def local_maxima(loss: RowLoss, chunk: Chunk) -> Tensor:
     return chunk.logits[0].new_full((loss.maxima, chunk.rows.stop - chunk.rows.start), float("-inf"))
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether there are Triton kernels for float32 numbers on a device."""
+    return device.type in KERNEL_DEVICES
+
+
 def kernels() -> ModuleType:
     """The Triton kernels, imported where they are to run: a CPU does without. ModelError where Triton is missing."""
     return importlib.import_module("megakd.losses.kernels")
@@ -384,7 +389,8 @@ class _LogitsChunks:
         self.chunks = chunks(tokens, LOGITS_CHUNK_TOKENS)
         rows = min(tokens, LOGITS_CHUNK_TOKENS)
         dtype = statistics_dtype(logits[0])
-        self.room = Room(loss, rows, columns, dtype, device, gradient_dtype=dtype)
+        self.room = Room(loss, rows, columns, dtype, device, gradient_dtype=dtype,
+                         gradient_rows=rows)
 
     def __call__(self, rows: slice) -> Chunk:
         chunk = self.room.chunk(rows)
@@ -399,7 +405,8 @@ class Room:
     """Memory for the logits of a chunk of at most `rows` tokens, and what a loss needs beside it, used again and again.
 
     With kernels the gradient has memory of its own where it is wanted in another dtype: its product with the head takes
-    16-bit numbers, and is spared a pass that rounds it.
+    16-bit numbers, and is spared a pass that rounds it. There is room for `gradient_rows` tokens then, a multiple of
+    `rows` or all that there are, so that products are made of several chunks at once.
     """
 
     def __init__(
@@ -410,9 +417,10 @@ class Room:
         dtype: torch.dtype,
         device: torch.device,
         gradient_dtype: torch.dtype,
+        gradient_rows: int,
     ):
-        self.columns, self.gradient = columns, None
-        self.form = loss.kernel_form() if device.type in KERNEL_DEVICES and dtype == torch.float32 else None
+        self.columns, self.gradient, self.gradient_rows = columns, None, rows
+        self.form = loss.kernel_form() if runs_kernels(device) and dtype == torch.float32 else None
         if self.form is None:
             in_block = min(rows, block_rows(columns.width, device))
             shapes = [(rows, columns.width)] * loss.roles + [(in_block, columns.width)] * loss.spares
@@ -422,14 +430,20 @@ class Room:
         self.logits = [_aligned_rows(rows, columns.width, dtype, device) for _ in range(loss.roles)]
         self.spares: list[Tensor] = []
         if gradient_dtype != dtype:
-            self.gradient = _aligned_rows(rows, columns.width, gradient_dtype, device)
+            self.gradient_rows = gradient_rows
+            self.gradient = _aligned_rows(gradient_rows, columns.width, gradient_dtype, device)
 
     def chunk(self, rows: slice) -> Chunk:
-        """The memory for the tokens at `rows`."""
-        tokens = rows.stop - rows.start
-        logits = [buffer[:tokens] for buffer in self.logits]
-        gradient_CV = logits[0] if self.gradient is None else self.gradient[:tokens]
-        return Chunk(logits, self.spares, rows, self.columns, gradient_CV, self.form)
+        """The memory for the tokens at `rows`, which begin at a multiple of the room's rows."""
+        logits = [buffer[: rows.stop - rows.start] for buffer in self.logits]
+        return Chunk(logits, self.spares, rows, self.columns, self.gradients(rows), self.form)
+
+    def gradients(self, rows: slice) -> Tensor:
+        """Gradients by the student's logits of the tokens at `rows`, no more than `gradient_rows`: of one chunk, or of
+        several that follow one another from a multiple of `gradient_rows` on."""
+        first = rows.start % max(1, self.gradient_rows)
+        memory = self.logits[0] if self.gradient is None else self.gradient
+        return memory[first : first + rows.stop - rows.start]
 
 
 def _aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

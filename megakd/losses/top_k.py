@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megakd.errors import LossInputError
 from megakd.losses.combined import WithLogProbs
-from megakd.losses.fused_head import CHUNK_TOKENS
 from megakd.losses.hidden_states import HeadInput, Settings, check_models, hidden_row_loss
 from megakd.losses.likelihood import check_labels, check_weights
 from megakd.losses.released import (
@@ -134,7 +133,7 @@ def fused_top_k(
     *,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> TopK:
     """The `k` likeliest tokens of each position under a model, without the whole logits; no gradient.
 
@@ -169,7 +168,7 @@ def fused_log_probs_at(
     *,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Log-probabilities of K given tokens of each position under a model, without the whole logits; no gradient.
 
@@ -207,7 +206,7 @@ def fused_topk_distillation(
     released: bool,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_distillation` with KL(teacher || student) of the teacher's K likeliest tokens and the rest as one bucket.
 
@@ -252,7 +251,7 @@ def fused_topk_advantage(
     released: bool,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`released_topk_advantage` of logits that are made from hidden states, a chunk at a time.
 

@@ -121,7 +121,7 @@ class Model:
         return Padding(self.rows, uniform=len(self.chunks) > 1, few=self.graphs is not None,
                        context=self.grid.layout.context, context_rank=self.grid.at.context)
 
-    def loss_context(self, chunk_tokens: int, counts: Mapping[str, int]) -> LossContext:
+    def loss_context(self, chunk_tokens: int | None, counts: Mapping[str, int]) -> LossContext:
         """What a loss over its hidden states needs to know besides them, of steps with these denominators."""
         groups = self.grid.groups
         return LossContext(groups.tp, self.architecture.vocab_size, chunk_tokens, counts,

@@ -102,8 +102,8 @@ class LossContext:
     """Ranks over which the heads are cut; None means not cut."""
     vocab_size: int
     """Real vocabulary, common to all roles."""
-    chunk_tokens: int
-    """Tokens whose logits are held at a time."""
+    chunk_tokens: int | None
+    """Tokens whose logits are held at a time; None takes what suits the device."""
     counts: Mapping[str, int]
     """The denominators of the whole step (`Step.counts`), over all micro-batches and replicas."""
     cp_group: dist.ProcessGroup | None = None

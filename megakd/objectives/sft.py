@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megakd.batch import Batch, Kind
-from megakd.losses import fused_token_log_probs
+from megakd.losses import fused_token_log_probs, negative
 from megakd.objectives.base import LossContext, LossTerms, Requires, RoleOutput, TeacherOutput, Term
 
 if TYPE_CHECKING:
@@ -43,4 +43,4 @@ def answer_log_probs(student: RoleOutput, batch: Batch, context: LossContext, ki
 
 def nll_term(log_probs_N: Tensor, *, weight: float, kind: Kind = Kind.CHOSEN) -> Term:
     """The SFT term, which other objectives add to theirs."""
-    return Term("nll", -log_probs_N, weight, f"{kind.name.lower()}_tokens")
+    return Term("nll", negative(log_probs_N), weight, f"{kind.name.lower()}_tokens")

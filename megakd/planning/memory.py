@@ -261,13 +261,18 @@ def _loss(setup: TrainingSetup) -> float:
     """Hidden states at the loss positions and their gradient, the head's gradients, and a chunk's logits."""
     trained, work = setup.trained, setup.work.roles["student"]
     columns = head_columns(trained.architecture, trained.parallel.tensor)
-    # Beside the logits a CPU has a block's scratch, and CUDA's kernels the gradient in the head's 16 bits.
+    # Beside the logits a CPU has a block's scratch, and CUDA's kernels a few chunks' gradients in the head's 16 bits.
     scratch = 0.125 * STATISTICS_BYTES if setup.device == "cpu" else 0.0
-    gradient = setup.parameter_bytes if setup.device != "cpu" and setup.parameter_bytes < STATISTICS_BYTES else 0
-    widest = max((call.models * (STATISTICS_BYTES + scratch) + gradient)
-                 * min(setup.chunk_tokens, max(each.rows(call.kinds) for each, _ in work.repeated))
-                 for call in setup.losses)
-    return _rows(setup) + _head_gradients(setup) + widest * columns
+    gradient = setup.parameter_bytes if setup.gradient_apart else 0
+    widest = 0.0
+    for call in setup.losses:
+        rows = max(each.rows(call.kinds) for each, _ in work.repeated)
+        apart = gradient * min(setup.gradient_tokens, rows) if call.gradient != "none" else 0
+        logits = call.models * (STATISTICS_BYTES + scratch) * min(setup.chunk_tokens, rows)
+        widest = max(widest, (logits + apart) * columns)
+    # When the logits are gone, the head's gradient in 16 bits is made of that in float32.
+    rounded = gradient * columns * trained.architecture.hidden_size
+    return _rows(setup) + _head_gradients(setup) + max(widest, rounded)
 
 
 def _rows(setup: TrainingSetup) -> float:

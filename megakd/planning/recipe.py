@@ -8,6 +8,7 @@ from dataclasses import replace
 from megakd.batch import Kind, Padding, Step
 from megakd.check import architecture_of
 from megakd.check_precision import rows_multiple
+from megakd.chunks import chunk_tokens_on
 from megakd.config import Recipe
 from megakd.config_objectives import (
     AdpaObjective,
@@ -70,8 +71,8 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         kinds=_answers(recipe, stage, requires),
         teacher_kinds={role: tuple(requires.teacher_kinds[role]) for role in requires.teachers},
         losses=loss_calls(objective, requires), lengths=lengths, global_batch=stage.global_batch, world=world,
-        chunk_tokens=stage.chunk_tokens, dtype=recipe.precision.dtype, device=recipe.device,
-        signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
+        chunk_tokens=chunk_tokens_on(recipe.device, stage.chunk_tokens), dtype=recipe.precision.dtype,
+        device=recipe.device, signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
         precision=recipe.precision, overlap=stage.optimizer.overlap is not False, offload=stage.optimizer.offload,
     )
 

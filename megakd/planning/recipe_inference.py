@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from megakd.batch import Kind
 from megakd.check import architecture_of
+from megakd.chunks import chunk_tokens_on
 from megakd.config import Recipe
 from megakd.config_evaluation import EvalStage
 from megakd.config_signals import MAKER_OF, HiddenStatesSignal, TokenLogProbsSignal, TopKSignal
@@ -88,7 +89,8 @@ def scoring_of_stage(recipe: Recipe, stage: ScoreStage, world: int, rows: int, m
     work = _micro_batch(role, mean, answers)
     return Scoring(role, MICRO_BATCHES * role.parallel.pipeline, rows * len(names), work,
                    _row_bytes(recipe, stage, role.architecture), not isinstance(stage.signal, HiddenStatesSignal),
-                   not isinstance(stage.signal, TopKSignal), stage.chunk_tokens, recipe.precision.dtype, recipe.device)
+                   not isinstance(stage.signal, TopKSignal), chunk_tokens_on(recipe.device, stage.chunk_tokens),
+                   recipe.precision.dtype, recipe.device)
 
 
 def _micro_batch(role: RoleSetup, mean: Lengths, answers: float) -> MicroBatch:
@@ -164,8 +166,8 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
 def _pass(recipe: Recipe, stage: EvalStage, role: RoleSetup, groups: int, mean: Lengths, answers: int) -> Scoring:
     """A forward pass over groups: all in one step, whose hidden states are held together."""
     micro_batches = math.ceil(groups / (role.layout.data * role.micro_batch))
-    return Scoring(role, micro_batches, groups, _micro_batch(role, mean, answers), 0, True, True, stage.chunk_tokens,
-                   recipe.precision.dtype, recipe.device)
+    return Scoring(role, micro_batches, groups, _micro_batch(role, mean, answers), 0, True, True,
+                   chunk_tokens_on(recipe.device, stage.chunk_tokens), recipe.precision.dtype, recipe.device)
 
 
 def evaluation_memory(setup: EvaluationSetup, label: str, pipeline_rank: int) -> Memory:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megakd.batch import Kind
+from megakd.chunks import GRADIENT_CHUNKS
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Shard, spec_of, stage_shards
@@ -98,3 +99,13 @@ class TrainingSetup:
     def parameter_bytes(self) -> int:
         """Of a model's parameters and activations."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def gradient_apart(self) -> bool:
+        """Whether the gradient by the logits has memory of its own, in 16 bits: with CUDA's kernels."""
+        return self.device != "cpu" and self.parameter_bytes == 2
+
+    @property
+    def gradient_tokens(self) -> int:
+        """Tokens of which d(hidden) and d(head) are made together."""
+        return self.chunk_tokens * (GRADIENT_CHUNKS if self.gradient_apart else 1)

@@ -24,7 +24,7 @@ ATTENTION_BACKWARD = 2.5
 """The same of attention, whose backward pass makes the scores again."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 LOGIT_PASSES = 5
-"""Times that a model's logits of a chunk are read or written in a loss."""
+"""Times that a model's logits of a chunk are read or written in a loss on a CPU."""
 OPTIMIZER_PASSES = {"cuda": 7, "cpu": 13}
 """Times that AdamW reads or writes a number of the parameters: fused in one kernel, or operation by operation."""
 
@@ -186,7 +186,7 @@ def pipeline_seconds(stages: Sequence[StageTime], micro_batches: int, chunks: in
 
 def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> float:
     """The loss of one micro-batch, forward and backward: products with the heads, and passes over the logits."""
-    trained, total = setup.trained, 0.0
+    trained, total, share = setup.trained, 0.0, setup.parameter_bytes / STATISTICS_BYTES
     columns = head_columns(trained.architecture, trained.parallel.tensor)
     # Heads stay in the parameters' own dtype when layers are FP8.
     dtype = "bf16" if setup.dtype == "fp8" else setup.dtype
@@ -195,16 +195,21 @@ def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> f
         rows = micro.rows(call.kinds)
         if rows == 0:
             continue
-        chunk, chunks = min(rows, setup.chunk_tokens), math.ceil(rows / setup.chunk_tokens)
+        chunk, added = min(rows, setup.chunk_tokens), math.ceil(rows / setup.gradient_tokens)
         products = {"forward": 3, "backward": 4, "none": 0}[call.gradient]
         heads = [(trained.architecture.hidden_size, columns)] * products
         own = call.gradient != "none"
         heads += [(width, columns) for width in teachers[:call.models - own]]
         total += rows / chunk * products_seconds(cluster, dtype, chunk, heads)
-        # A model's logits are written, read for the maximum and for the sums; the student's are made a gradient.
-        passes = LOGIT_PASSES * call.models * rows + (2 * rows if own else 0)
+        # Of numbers of 4 bytes. On a CPU a model's logits are written, read for the maximum and for the sums, and the
+        # student's made a gradient; CUDA's kernels read them once for all sums and once for the gradient.
+        if setup.device == "cpu":
+            passes = LOGIT_PASSES * call.models * rows + (2 * rows if own else 0)
+        else:
+            passes = (3 * call.models + share if own else 2 * call.models) * rows
+            passes += (1 + share) * trained.architecture.hidden_size if own else 0  # d(head) is weighted and rounded
         # The head's gradient is added up over the chunks.
-        passes += (2 if own else 0) * chunks * trained.architecture.hidden_size
+        passes += (2 if own else 0) * added * trained.architecture.hidden_size
         total += passes * columns * STATISTICS_BYTES / (cluster.device.passes_gb_s * 1e9)
     messages = sum(call_seconds(cluster, call, link_of(cluster, trained, "tensor"))
                    for call in loss_calls(setup, RoleWork((micro,))) if call.size > 1)

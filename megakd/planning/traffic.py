@@ -10,6 +10,7 @@ Legend: T loss positions; h hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
@@ -150,19 +151,25 @@ def transport_calls(setup: TrainingSetup, role: str, rank: int) -> list[Call]:
 
 
 def loss_calls(setup: TrainingSetup, work: RoleWork) -> list[Call]:
-    """A MAX and a SUM of a few numbers a token for each chunk, and the sum of the student's d(hidden)."""
+    """A MAX and a SUM of a few numbers a token for each chunk; the sum of the student's d(hidden), of several chunks
+    together on CUDA."""
     trained, calls = setup.trained, []
     tensor, hidden = trained.parallel.tensor, trained.architecture.hidden_size
     for loss in setup.losses:
         rows = [(each.rows(loss.kinds), times) for each, times in work.repeated]
-        chunks = sum(math.ceil(each / setup.chunk_tokens) * times for each, times in rows)
+        chunks = _pieces(rows, setup.chunk_tokens)
         every = sum(each * times for each, times in rows)
         statistics = (loss.models + loss.sums) * STATISTICS_BYTES * every
         calls.append(Call("all_reduce", "tensor", tensor, statistics / (2 * chunks), 2 * chunks, "loss: statistics"))
         if loss.gradient != "none":
-            size = every * hidden * STATISTICS_BYTES
-            calls.append(Call("all_reduce", "tensor", tensor, size / chunks, chunks, "loss: d(hidden)"))
+            size, several = every * hidden * STATISTICS_BYTES, _pieces(rows, setup.gradient_tokens)
+            calls.append(Call("all_reduce", "tensor", tensor, size / several, several, "loss: d(hidden)"))
     return calls
+
+
+def _pieces(rows: Sequence[tuple[float, float]], tokens: int) -> float:
+    """Pieces of at most so many tokens of micro-batches, which are given as (rows, times)."""
+    return sum(math.ceil(each / tokens) * times for each, times in rows)
 
 
 def _gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:

@@ -146,3 +146,21 @@ def test_table_and_plots_of_two_ranks(tmp_path):
     assert [path.name for path in written] == [f"name_{metric}.svg" for metric in metrics]
     for path in written:
         minidom.parse(str(path))
+
+
+def test_a_loss_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    """One rank alone goes on; what it has found of each loss is told when it has it."""
+    def measure_loss(loss, *_):
+        if loss == "jsd":
+            raise RuntimeError("no such kernel\nand more")
+        return [{"loss": loss, "tp": 1, "name": "megakd", "setting": None}]
+
+    class Pipe(list):
+        send = list.append
+
+    monkeypatch.setattr(losses, "measure_loss", measure_loss)
+    told = Pipe()
+    losses.run_rank(0, 1, str(tmp_path), losses.parse(["--only", "jsd", "log_probs", "--no-peers"]), told)
+    (failed,), (done,) = told
+    assert failed == {"loss": "jsd", "tp": 1, "name": "megakd", "unavailable": "RuntimeError: no such kernel"}
+    assert done["loss"] == "log_probs"

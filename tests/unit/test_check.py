@@ -462,6 +462,20 @@ def test_cuda_without_triton(raw, tmp_path, monkeypatch):
     assert message.startswith("device = 'cuda': the losses on CUDA are Triton's kernels, which is not installed")
 
 
+def test_16_bit_losses_on_a_torch_that_cannot_add_them_up(raw, tmp_path, monkeypatch):
+    """The last release that refuses, before anything else of a GPU is asked; and the first that takes them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    for release, precision, field in (("2.9.1+cu130", "bf16", "precision.dtype = 'bf16': "),
+                                      ("2.9.1+cu130", "fp32", "device = 'cuda': every rank takes a GPU of its own"),
+                                      ("2.10.0", "bf16", "device = 'cuda': every rank takes a GPU of its own")):
+        monkeypatch.setattr(torch, "__version__", release)
+        message = refused(raw | {"device": "cuda", "precision": precision}, tmp_path, ConfigError)
+        assert message.startswith(field), release
+        assert "of torch 2.9 refuses" in message or field.startswith("device")
+
+
 @pytest.mark.parametrize(
     "capability, recipe, cuda, field",
     [

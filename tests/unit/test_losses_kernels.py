@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megakd import losses
-from megakd.losses import reference, statistics
+from megakd.losses import hidden_states, reference, statistics
 from megakd.losses.combined import WithLogProbs
 from megakd.losses.divergence import AdaptiveKL, row_divergence
 from megakd.losses.fused_head import ExpectedAdvantage, LogProb
@@ -26,6 +26,8 @@ launch = importlib.import_module("megakd.losses.kernels.launch")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = 2.0**-8 if DEVICE.type == "cuda" else 2.0**-7
 ALL = pytest.mark.parametrize("loss", loss_cases.LOSSES)
+# numpy, the interpreter's, tells of what the kernels make of memory beyond a row's end, which is nobody's.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,21 @@ def test_values_and_gradients(loss, dtype, big):
     assert loss_cases._error(state_SC[0].cpu(), value_T.detach()) < 1e-5
     tolerance = {torch.float32: 1e-5, torch.bfloat16: BF16}[dtype]
     assert loss_cases._error(chunk.gradient_CV.cpu(), exact[0].grad) < tolerance
+
+
+@ALL
+def test_what_stands_beyond_a_rows_end_is_nobodys(loss):
+    """A width that is no multiple of 16: rows are read up to one where they are followed by memory of their own, and to
+    their end where they are not."""
+    given, labels_T = _logits(loss, 2, 45, torch.float32)
+    row_loss = _row_loss(loss, labels_T)
+    filled = [torch.full((2, 64), float("nan"), device=DEVICE)[:, :45].copy_(each) for each in given]
+    chunks = [_chunk(row_loss, filled), _chunk(row_loss, [each.contiguous() for each in given])]
+    chunks[0] = replace(chunks[0], gradient_CV=torch.full((2, 48), float("nan"), device=DEVICE)[:, :45])
+    assert [launch._filled(45, each.logits) for each in chunks] == [True, False]
+    found, right = (statistics.run_chunk(row_loss, chunk, with_gradient=True) for chunk in chunks)
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(chunks[0].gradient_CV, chunks[1].gradient_CV, rtol=1e-6, atol=1e-7)
 
 
 @ALL
@@ -175,7 +192,8 @@ def test_the_kernels_are_taken_where_they_are_meant_to_be(loss, monkeypatch):
     columns, row_loss = Columns(None, 0, 33, 33, 33), _row_loss(loss, labels_T)
 
     def form(device, dtype=torch.float32):
-        return statistics.Room(row_loss, 2, columns, dtype, torch.device(device), gradient_dtype=dtype).form
+        return statistics.Room(row_loss, 2, columns, dtype, torch.device(device), gradient_dtype=dtype,
+                               gradient_rows=2).form
 
     assert isinstance(form("cpu"), KernelForm)
     assert form("cpu", torch.float64) is None
@@ -186,13 +204,18 @@ def test_the_kernels_are_taken_where_they_are_meant_to_be(loss, monkeypatch):
 
 
 def test_the_memory_of_a_chunk():
-    """16-bit operands: a gradient of their dtype and no scratch; rows that begin at multiples of 128 bytes."""
+    """16-bit operands: gradients of their dtype for several chunks, no scratch; rows begin at multiples of 128 bytes.
+    """
     row_loss, columns = row_divergence("jsd", beta=0.3, mu=0.0), Columns(None, 0, 33, 33, 33)
-    room = statistics.Room(row_loss, 4, columns, torch.float32, torch.device("cpu"), gradient_dtype=torch.bfloat16)
+    room = statistics.Room(row_loss, 4, columns, torch.float32, torch.device("cpu"), gradient_dtype=torch.bfloat16,
+                           gradient_rows=8)
     chunk = room.chunk(slice(4, 7))
     assert [each.shape for each in chunk.logits] == [(3, 33), (3, 33)] and chunk.spares == []
     assert [each.stride() for each in (*chunk.logits, chunk.gradient_CV)] == [(64, 1), (64, 1), (64, 1)]
     assert chunk.gradient_CV.dtype == torch.bfloat16
+    # Where the chunk's gradient lies among the others, from 0 on and again from 8 on.
+    both_GV = room.gradients(slice(0, 7))
+    assert both_GV[4:].data_ptr() == chunk.gradient_CV.data_ptr() == room.chunk(slice(12, 16)).gradient_CV.data_ptr()
 
 
 def test_the_benchmark_s_cases():
@@ -207,3 +230,49 @@ def test_the_benchmark_s_cases():
     assert found["akl: all statistics"].bytes == 5 * logits
     for name in ("jsd: all statistics", "akl: write_gradient", "forward_kl with log_prob: local_statistics"):
         found[name].run()
+
+
+# ------------------------------------------------------------------------------------------------- 16-bit operands
+@pytest.fixture
+def products(monkeypatch):
+    """CUDA's way of multiplying 16-bit numbers, on any device: the products into float32 as (rows, columns, inner
+    numbers, whether they were added). The stand-in takes what torch 2.10's CUDA form of `addmm` with `out_dtype` takes.
+    """
+    found = []
+
+    def addmm(self, left, right, *, beta, alpha, out_dtype, out):
+        assert left.dtype == right.dtype == torch.bfloat16 and self is out and out.dtype == out_dtype == torch.float32
+        for matrix in (left, right, out):  # else torch would copy it
+            assert 1 in matrix.stride() and max(matrix.stride()) >= min(matrix.shape)
+        found.append((len(left), right.shape[1], left.shape[1], beta == 1.0))
+        return out.copy_((out * beta if beta else 0.0) + alpha * (left.float() @ right.float()))
+
+    monkeypatch.setattr(hidden_states, "_operands", lambda hidden, head, dtype: (hidden, head))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    return found
+
+
+@pytest.mark.parametrize("changes", [{"equal_weights": True}, {}, {"equal_weights": True, "bias": True}],
+                         ids=["forward", "backward", "bias"])
+def test_gradients_are_made_of_several_chunks_together(products, changes):
+    """Eleven tokens in chunks of two: logits chunk by chunk, d(hidden) and d(head) of four chunks and of the rest."""
+    case = loss_cases.Case("forward_kl", True, tokens=11, chunk=2, scale=0.7, dtype=torch.bfloat16, **changes)
+    found, right = loss_cases.run(case), loss_cases.expected(case)
+    assert loss_cases._error(found["value"], right["value"]) < 1e-5
+    for name in ("hidden", "head"):
+        # Twice rounded: the gradient by the logits, and this one. The interpreter cuts off where a GPU rounds.
+        assert found[name].dtype == torch.bfloat16
+        assert loss_cases._error(found[name], right[name]) < 2 * BF16, name
+    of_head = [(inner, added) for rows, columns, inner, added in products if (rows, columns) == (33, 8)]
+    # A bias takes the gradient in float32, which lies over the logits.
+    once = [(2, place > 0) for place in range(5)] + [(1, True)] if case.bias else [(8, False), (3, True)]
+    assert of_head == once * (1 if case.equal_weights else 2)  # unequal ones are met in the backward pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_weighted_and_rounded_in_one_pass(dtype):
+    source = torch.randn(5, 7, device=DEVICE)
+    out = source.clone() if dtype == torch.float32 else torch.empty(5, 7, dtype=dtype, device=DEVICE)
+    weight = torch.full((3,), -0.3, device=DEVICE)[1]
+    assert launch.scaled(out if dtype == torch.float32 else source, weight, out) is out
+    torch.testing.assert_close(out.float(), source * -0.3, rtol=BF16 if dtype == torch.bfloat16 else 1e-6, atol=0)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from megakd import losses
 from megakd.errors import LossInputError
-from megakd.losses import reference
+from megakd.losses import hidden_states, reference
 from megakd.losses.divergence import AdaptiveKL
+from megakd.objectives.sft import nll_term
 from tests import loss_cases
 
 FORMS = pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
@@ -241,3 +242,24 @@ LABELS = torch.zeros(3, dtype=torch.int64)
 def test_wrong_inputs_are_refused(call, message):
     with pytest.raises(LossInputError, match=message):
         call()
+
+
+def test_one_weight_for_all_tokens_stays_one_number(monkeypatch):
+    """What a sum hands back of the NLL's values is one number seen T times: else an accelerator has to be waited for to
+    find them equal, as after a mean."""
+    strides = []
+    equal = hidden_states._equal_weights
+    monkeypatch.setattr(hidden_states, "_equal_weights", lambda upstream_T: strides.append(upstream_T.stride())
+                        or equal(upstream_T))
+    hidden_TH, head_VH = torch.randn(3, 4), torch.randn(7, 4)
+    labels_T = torch.tensor([1, 0, 6])
+    gradients = []
+    for loss in (lambda values_T: 2.0 * nll_term(values_T, weight=1.0).values_N.sum(),
+                 lambda values_T: -6.0 * values_T.mean(),
+                 lambda values_T: (losses.negative(values_T) * torch.tensor([2.0, 2.0, 2.0])).sum()):
+        leaf_TH = hidden_TH.clone().requires_grad_()
+        loss(losses.fused_token_log_probs(leaf_TH, head_VH, labels_T)).backward()
+        gradients.append(leaf_TH.grad)
+    assert strides == [(0,), (1,), (1,)]
+    for gradient_TH in gradients[1:]:
+        torch.testing.assert_close(gradient_TH, gradients[0])

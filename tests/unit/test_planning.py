@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megakd.batch import Group, Kind, Padding, Sample, Step
+from megakd.chunks import chunk_tokens_on
 from megakd.config import Parallel, parse
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
@@ -17,6 +18,7 @@ from megakd.planning.recipe import setup_of_stage
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.sizes import (
     buffer_numbers,
+    head_columns,
     layer_flops,
     layer_widths,
     model_flops,
@@ -326,6 +328,33 @@ def test_a_stage_of_a_recipe(tmp_path):
     assert made["dckd"].work.tokens == stage(raw, "dckd")["global_batch"] * 2 * 30
     assert (made["dckd"].device, made["dckd"].dtype, made["dckd"].spec) == ("cpu", "fp32", "local")
     assert made["adpa"].offload and not made["dckd"].offload
+
+
+def test_the_logits_of_a_chunk_follow_the_device(tmp_path):
+    """What nobody sets is the device's own. 16-bit gradients by the logits are held of four chunks on a GPU, or of as
+    many tokens as there are, and one message sums d(hidden) of all of them."""
+    raw, setups = tiny_recipe(tmp_path), []
+    for chunk in (16, None):
+        stage(raw, "dckd")["chunk_tokens"] = chunk
+        recipe = parse(raw)
+        dckd = next(each for each in recipe.stages if each.name == "dckd")
+        setups.append(setup_of_stage(recipe, dckd, 2, Lengths(3000, 3000)))
+    assert [(each.chunk_tokens, each.gradient_tokens) for each in setups] == [(16, 16), (256, 256)]
+    assert chunk_tokens_on("cuda", None) == 2048 and chunk_tokens_on("cuda", 16) == 16
+    columns = head_columns(setups[0].trained.architecture, setups[0].trained.parallel.tensor)
+    [(each, times)] = setups[0].work.roles["student"].repeated
+    rows = each.rows(setups[0].losses[0].kinds)
+    assert rows > 4 * 1024
+
+    def found(chunk: int, dtype: str) -> tuple[float, float]:
+        setup = replace(setups[0], chunk_tokens=chunk, device="cuda", dtype=dtype)
+        [calls] = [call.calls for call in training_traffic(setup, 0) if call.purpose == "loss: d(hidden)"]
+        return training_memory(setup, 0).phases["loss"]["loss"], calls / times
+
+    (small, often), (large, seldom), (_, of_all) = found(256, "bf16"), found(1024, "bf16"), found(1024, "fp32")
+    # Two models' logits of 4 bytes, and the gradients of 2 bytes of four chunks.
+    assert large - small == columns * (1024 - 256) * (2 * 4 + 4 * 2)
+    assert (often, seldom, of_all) == (-(-rows // 1024), -(-rows // 4096), -(-rows // 1024))
 
 
 def test_offloaded_states_are_on_a_gpu_during_their_step_alone(tmp_path):

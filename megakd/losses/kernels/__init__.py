@@ -18,7 +18,8 @@ from megakd.losses.kernels.launch import (
     bin_masses,
     local_statistics,
     mixture_sums,
+    scaled,
     write_gradient,
 )
 
-__all__ = ["bin_gaps", "bin_masses", "local_statistics", "mixture_sums", "write_gradient"]
+__all__ = ["bin_gaps", "bin_masses", "local_statistics", "mixture_sums", "scaled", "write_gradient"]

@@ -11,12 +11,15 @@ Bytes a logit's column [C, V], R models of b bytes a logit (4 by default), g byt
 | `bin_gaps`          | 2 b   | 0      | akl: its second pass                                     |
 | `write_gradient`    | R b   | g      | all                                                      |
 
-All are bound by memory. A program takes BLOCK columns at a time with 8 warps: 16 numbers a thread and model, four loads
-of 16 bytes each, so that 2 models have 32 KiB on their way from one program and three or four programs fit on a
-multiprocessor; an H200 needs some 30 to 40 KiB on the way on each (4.8 TB/s times 0.8 us over 132). Rows are cut into
-parts of PART columns rather than a program a row: a chunk of 256 rows would leave multiprocessors idle, and short
-programs end together. Parts are combined like the ranks' shares, and do not depend on the device or on the number of
-rows. No autotuning: it would run kernels in the middle of a step, and the sums would depend on its outcome.
+`scaled` weighs and rounds d(head) in one pass: 4 bytes read and 2 written a number.
+
+All are bound by memory, but `bin_masses`, whose atomic adds (one a logit) may take several times what reading does. A
+program takes BLOCK columns at a time with 8 warps: 16 numbers a thread and model, four loads of 16 bytes each, so
+that 2 models have 32 KiB on their way from one program and four programs fit on a multiprocessor (of three models
+three); an H200 needs some 30 to 40 KiB on the way on each (4.8 TB/s times 0.8 us over 132). Rows are cut into parts
+of PART columns rather than a program a row: a chunk of 256 rows would leave multiprocessors idle, and short programs
+end together. Parts are combined like the ranks' shares, and do not depend on the device or on the number of rows. No
+autotuning: it would run kernels in the middle of a step, and the sums would depend on its outcome.
 
 Legend: C tokens of a chunk, V local vocabulary columns, R models, S numbers, P parts of a row, B bins, K candidates.
 """
@@ -33,6 +36,10 @@ from megakd.losses.statistics import Chunk
 BLOCK = 4096
 PART = 4 * BLOCK
 WARPS = 8
+REGISTERS = {1: 64, 2: 64, 3: 80}
+"""Registers a thread of the first pass, by models: four programs fit on a Hopper multiprocessor, of three models
+three. Left to itself Triton 3.6 takes up to 111, of which two fit. It spills none; 3.9 spills up to 24 bytes, of
+akl's at odd widths."""
 SUMS = {"log_prob": 1, "forward_kl": 3, "reverse_kl": 3, "jsd": 2, "akl": 4, "advantage": 4}
 """Sums of the first pass, without those of the log-probabilities beside it."""
 
@@ -53,7 +60,8 @@ def local_statistics(chunk: Chunk) -> tuple[Tensor, Tensor]:
     if rows:
         programs.statistics_program[(rows, parts)](
             out_SPC, *logits, *(each.stride(0) for each in logits), width, part, form.temperature,
-            KIND=form.kind, LOG_PROBS=beside, BLOCK=block, num_warps=WARPS,
+            KIND=form.kind, LOG_PROBS=beside, FILLED=_filled(width, logits), BLOCK=block, num_warps=WARPS,
+            maxnreg=REGISTERS[len(chunk.logits)],
         )
     return out_SPC[:maxima], out_SPC[maxima:]
 
@@ -67,7 +75,8 @@ def mixture_sums(chunk: Chunk, numbers_3C: Tensor) -> Tensor:
     if rows:
         programs.mixture_program[(rows, parts)](
             out_2PC, student_CV, teacher_CV, numbers_3C, student_CV.stride(0), teacher_CV.stride(0),
-            numbers_3C.stride(0), chunk.columns.width, part, BLOCK=block, num_warps=WARPS,
+            numbers_3C.stride(0), chunk.columns.width, part, FILLED=_filled(chunk.columns.width, chunk.logits),
+            BLOCK=block, num_warps=WARPS,
         )
     return out_2PC.sum(1)
 
@@ -91,8 +100,18 @@ def write_gradient(chunk: Chunk, saved_SC: Tensor) -> None:
         out_CV, *logits, saved_SC, labels_C, weights_2C,
         out_CV.stride(0), *(each.stride(0) for each in logits), rows, len(saved_SC) - 3, rows,
         columns.width, blocks, form.beta, form.temperature, form.cap or 1.0,
-        KIND=form.kind, LOG_PROBS=beside, SOFTCAP=form.cap is not None, BLOCK=block, num_warps=WARPS,
+        KIND=form.kind, LOG_PROBS=beside, SOFTCAP=form.cap is not None,
+        FILLED=_filled(columns.width, [out_CV, *logits]), BLOCK=block, num_warps=WARPS,
     )
+
+
+def scaled(source: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out = source * weight, rounded once; `source` is contiguous float32, `weight` 0-d, `out` may be the source."""
+    numbers = source.numel()
+    if numbers:
+        grid = (triton.cdiv(numbers, BLOCK),)
+        programs.scale_program[grid](out, source, weight.float(), numbers, BLOCK=BLOCK, num_warps=WARPS)
+    return out
 
 
 def bin_masses(chunk: Chunk, max_C: Tensor, bins_a_logit_C: Tensor, bins: int) -> Tensor:
@@ -130,7 +149,7 @@ def bin_gaps(chunk: Chunk, numbers_6C: Tensor, candidates: int) -> tuple[Tensor,
         programs.gaps_program[(rows, parts)](
             out_2PC, held_3KC, counts_C, student_CV, teacher_CV, numbers_6C, student_CV.stride(0),
             teacher_CV.stride(0), numbers_6C.stride(0), chunk.columns.width, part, chunk.columns.first,
-            CANDIDATES=candidates, BLOCK=block, num_warps=WARPS,
+            CANDIDATES=candidates, FILLED=_filled(chunk.columns.width, chunk.logits), BLOCK=block, num_warps=WARPS,
         )
     return out_2PC.sum(1), held_3KC, counts_C
 
@@ -138,6 +157,15 @@ def bin_gaps(chunk: Chunk, numbers_6C: Tensor, candidates: int) -> tuple[Tensor,
 def _three(chunk: Chunk) -> list[Tensor]:
     """Three models' logits: the student's stand in for those that the loss has not, and are not read."""
     return chunk.logits + chunk.logits[:1] * (3 - len(chunk.logits))
+
+
+def _filled(width: int, matrices: list[Tensor]) -> bool:
+    """Whether all rows of a width that is no multiple of 16 are followed by memory up to one, as a `Room`'s are."""
+    whole = triton.cdiv(width, 16) * 16
+    return whole > width and all(
+        each.stride(0) >= whole
+        and each.storage_offset() + (len(each) - 1) * each.stride(0) + whole <= each.untyped_storage().nbytes()
+        // each.element_size() for each in matrices)
 
 
 def _block(width: int) -> int:

@@ -1,5 +1,8 @@
 """The Triton programs; launch.py says what they are given, and how large they are.
 
+What follows a chunk's size (strides of a few numbers a token, counts of rows) is not compiled for: the last chunk of a
+micro-batch has another size each time, and compiling takes a second.
+
 A program works on one row's run of columns in float32, whatever the logits' dtype. Places in a matrix are counted in 64
 bits, since rows x columns exceeds 2^31 at T = 8192 and V = 262144. Only features that Triton 3.6 has are used, and no
 libdevice functions, so that Triton's interpreter runs all of it on a CPU.
@@ -42,9 +45,25 @@ def _softplus_of_minus_abs(x):
 
 
 @triton.jit
+def _readable(last, FILLED: tl.constexpr):
+    """Where a row's numbers end that may be read or written. Of a row that is followed by memory of its own (FILLED) a
+    multiple of 16: a mask that ends elsewhere would leave single numbers of 4 bytes in the place of 16 bytes at once.
+    """
+    return tl.cdiv(last, 16) * 16 if FILLED else last
+
+
+@triton.jit
+def _numbers(row_ptr, columns, readable, inside, FILLED: tl.constexpr):
+    """A row's logits at some columns in float32, NOTHING in the place of those that are not `inside`."""
+    numbers = tl.load(row_ptr + columns, mask=columns < readable, other=NOTHING).to(tl.float32)
+    return tl.where(inside, numbers, NOTHING) if FILLED else numbers
+
+
+@triton.jit
 def statistics_program(
     out_ptr, student_ptr, teacher_ptr, reference_ptr, student_stride, teacher_stride, reference_stride,
-    width, part_width, temperature, KIND: tl.constexpr, LOG_PROBS: tl.constexpr, BLOCK: tl.constexpr,
+    width, part_width, temperature, KIND: tl.constexpr, LOG_PROBS: tl.constexpr, FILLED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A part's maxima, and its sums relative to these: [maxima and sums, P, C], in the order of the torch form.
 
@@ -59,14 +78,15 @@ def statistics_program(
     reference_ptr += row.to(tl.int64) * reference_stride
     student_max, teacher_max, third_max = -1e30, -1e30, -1e30
     student_sum, teacher_sum, reference_sum, cross, teacher_cross, warm_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    readable = _readable(last, FILLED)
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < last
-        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        student = _numbers(student_ptr, columns, readable, inside, FILLED)
         if TEACHER:
-            teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+            teacher = _numbers(teacher_ptr, columns, readable, inside, FILLED)
         if KIND == "advantage":
-            reference = tl.load(reference_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+            reference = _numbers(reference_ptr, columns, readable, inside, FILLED)
         higher = tl.maximum(student_max, tl.max(student, axis=0))
         student_step = student_max - higher
         student_max = higher
@@ -133,10 +153,10 @@ def statistics_program(
         tl.store(out_ptr, warm_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers_stride"])
 def mixture_program(
     out_ptr, student_ptr, teacher_ptr, numbers_ptr, student_stride, teacher_stride, numbers_stride,
-    width, part_width, BLOCK: tl.constexpr,
+    width, part_width, FILLED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A part's sums of JSD's second pass [2, P, C]: of exp(student) softplus(x) and exp(teacher) softplus(-x).
 
@@ -151,11 +171,12 @@ def mixture_program(
     teacher_max = tl.load(numbers_ptr + numbers_stride + row)
     shift = tl.load(numbers_ptr + 2 * numbers_stride + row)
     student_sum, teacher_sum = 0.0, 0.0
+    readable = _readable(last, FILLED)
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < last
-        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
-        teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        student = _numbers(student_ptr, columns, readable, inside, FILLED)
+        teacher = _numbers(teacher_ptr, columns, readable, inside, FILLED)
         x = teacher - student + shift
         tail = _softplus_of_minus_abs(x)
         student_sum += tl.sum(tl.exp(student - student_max) * (tl.maximum(x, 0.0) + tail), axis=0)
@@ -165,12 +186,12 @@ def mixture_program(
     tl.store(out_ptr + tl.num_programs(1) * tl.num_programs(0), teacher_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["saved_stride", "lse_place", "rows", "blocks"])
 def gradient_program(
     out_ptr, student_ptr, teacher_ptr, reference_ptr, saved_ptr, labels_ptr, weights_ptr,
     out_stride, student_stride, teacher_stride, reference_stride, saved_stride, lse_place, rows,
     width, blocks, beta, temperature, cap,
-    KIND: tl.constexpr, LOG_PROBS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, LOG_PROBS: tl.constexpr, SOFTCAP: tl.constexpr, FILLED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """d value / d student logits of one block of one row; `out` may be the student's logits themselves.
 
@@ -180,7 +201,8 @@ def gradient_program(
     program = tl.program_id(0)
     row = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
+    # Nothing is summed here: what is written beyond the width is as little read as what was read there.
+    inside = columns < _readable(width, FILLED)
     student = tl.load(student_ptr + row.to(tl.int64) * student_stride + columns, mask=inside, other=0.0)
     student = student.to(tl.float32)
     if KIND != "log_prob":
@@ -219,8 +241,17 @@ def gradient_program(
     tl.store(out_ptr + row.to(tl.int64) * out_stride + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# -------------------------------------------------------------------------------------------------------------- AKL
 @triton.jit
+def scale_program(out_ptr, source_ptr, weight_ptr, numbers, BLOCK: tl.constexpr):
+    """One block of source x weight, both contiguous; `out` may be the source itself."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < numbers
+    scaled = tl.load(source_ptr + places, mask=inside) * tl.load(weight_ptr)
+    tl.store(out_ptr + places, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------------------------------------------------- AKL
+@triton.jit(do_not_specialize=["numbers_stride", "blocks"])
 def masses_program(
     out_ptr, teacher_ptr, numbers_ptr, teacher_stride, numbers_stride, width, blocks,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -243,10 +274,10 @@ def masses_program(
     tl.atomic_add(out_ptr + row.to(tl.int64) * BINS + bins, mass, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers_stride", "first_id"])
 def gaps_program(
     out_ptr, held_ptr, counts_ptr, student_ptr, teacher_ptr, numbers_ptr, student_stride, teacher_stride,
-    numbers_stride, width, part_width, first_id, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    numbers_stride, width, part_width, first_id, CANDIDATES: tl.constexpr, FILLED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A part's sums [2, P, C] of |P - Q|, over all and over the bins before the head's last one; and that bin's tokens.
 
@@ -267,11 +298,12 @@ def gaps_program(
     bin_start = tl.load(numbers_ptr + 4 * numbers_stride + row)
     bin_end = tl.load(numbers_ptr + 5 * numbers_stride + row)
     all_gaps, gaps_before = 0.0, 0.0
+    readable = _readable(last, FILLED)
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < last
-        student = tl.load(student_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
-        teacher = tl.load(teacher_ptr + columns, mask=inside, other=NOTHING).to(tl.float32)
+        student = _numbers(student_ptr, columns, readable, inside, FILLED)
+        teacher = _numbers(teacher_ptr, columns, readable, inside, FILLED)
         gap = tl.abs(tl.exp(student - lse) - tl.exp(teacher - teacher_lse))
         place = (teacher_max - teacher) * bins_a_logit
         all_gaps += tl.sum(gap, axis=0)
