@@ -463,9 +463,10 @@ def test_cuda_without_triton(raw, tmp_path, monkeypatch):
 
 
 def test_16_bit_losses_on_a_torch_that_cannot_add_them_up(raw, tmp_path, monkeypatch):
-    """The last release that refuses, before anything else of a GPU is asked; and the first that takes them."""
+    """The last release that refuses, and the first that takes them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     for release, precision, field in (("2.9.1+cu130", "bf16", "precision.dtype = 'bf16': "),
                                       ("2.9.1+cu130", "fp32", "device = 'cuda': every rank takes a GPU of its own"),
