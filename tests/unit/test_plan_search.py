@@ -49,7 +49,7 @@ def naive_layouts(model, asked: Question, recompute, micro_batches, virtual, pip
     for tensor, pipeline, chunks, sequence, context in product((1, 2, 3, 4), pipelines, virtual, (False, True),
                                                                contexts):
         if asked.world % (tensor * pipeline * context) or 4 % tensor or (sequence and tensor == 1) \
-                or (chunks > 1 and pipeline == 1):
+                or (chunks > 1 and (pipeline == 1 or -model.layers % (pipeline * chunks) > 2)):
             continue
         padded = model.kv_heads % tensor != 0
         try:
