@@ -192,7 +192,7 @@ def pipeline_seconds(stages: Sequence[StageTime], micro_batches: int, chunks: in
 def uneven_within(layers: int, pipeline: int, virtual_pipeline: int) -> bool:
     """Whether an interleaved pipeline has other chunks with a layer less than its first and its last.
 
-    They take turns with longer ones and wait: such a schedule takes up to a quarter longer than `pipeline_seconds`
+    They take turns with longer ones and wait: such a schedule takes up to 29 % longer than `pipeline_seconds`
     says. All others take as long, or a little less where first and last stage have less to do.
     """
     return virtual_pipeline > 1 and -layers % (pipeline * virtual_pipeline) > 2
