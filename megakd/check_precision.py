@@ -146,8 +146,8 @@ def check_sizes(architecture: Architecture, parallel: Parallel, precision: Preci
 def _check_ends(architecture: Architecture, parallel: Parallel, precision: Precision, field: str) -> None:
     most = architecture.layers // parallel.pipeline
     if precision.first_last_bf16 > most:
-        raise ConfigError("precision.first_last_bf16", precision.first_last_bf16, f"the {field}'s pipeline stages have "
-                          f"{most} layers, and megatron-core allows no more", f"Use at most {most}")
+        raise ConfigError("precision.first_last_bf16", precision.first_last_bf16, f"the {field}'s shortest pipeline "
+                          f"stage has {most} layers, and megatron-core allows no more", f"Use at most {most}")
     if 2 * precision.first_last_bf16 >= architecture.layers:
         raise ConfigError("precision.first_last_bf16", precision.first_last_bf16, f"of the {field}'s "
                           f"{architecture.layers} layers none would be left in FP8",

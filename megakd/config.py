@@ -28,7 +28,7 @@ class Parallel(Section):
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size."""
     pipeline: int = Field(1, ge=1)
-    """Pipeline-parallel size."""
+    """Pipeline-parallel size. The layers need not divide by it (`chunk_layers`)."""
     virtual_pipeline: int = Field(1, ge=1)
     """Model chunks a pipeline rank holds (interleaved schedule); 1 is the plain 1F1B schedule."""
     context: int = Field(1, ge=1)

@@ -83,8 +83,6 @@ def _missing(rows: Sequence[Row]) -> str:
     before = [row for row in rows if row["place"] == "before" and "beside" not in places[_key(row)]]
     texts = [f"No layout that the search looks at fits for {names(none)}."] if none else []
     texts += [f"Only with teachers that score before: {names(before)}."] if before else []
-    texts.append("Stages divide a model's layers and the GPUs: with a power of two of GPUs, 405B's 126 layers make 2 "
-                 "stages at most.")
     return _section("What does not fit", "", " ".join(texts)) if none or before else ""
 
 

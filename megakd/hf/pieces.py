@@ -10,6 +10,8 @@ group, [R query heads, key, value] each, and the tensor ranks hold consecutive g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
@@ -94,6 +96,34 @@ class Piece:
         return count
 
 
+@cache
+def chunk_layers(layers: int, pipeline: int, virtual_pipeline: int) -> tuple[int, ...]:
+    """Layers of each part of a model, in the order in which a token passes them: the one answer to how a model is cut.
+    Stage p holds the parts p, p + pipeline, p + 2 x pipeline, ... (megatron-core's order).
+
+    The parts are equal where the layers divide by their number. Else some have a layer less than the others: first the
+    last part, which the head and the loss are with; then the first, with the embedding; then one of each stage from the
+    front, where the activations of most micro-batches are held; then a second one of each stage in the same order, and
+    so on. So two parts, and two stages, differ by one layer at most.
+
+    A checkpoint does not say how its model was cut: a change of this rule would read those in uneven cuts wrongly.
+
+    Args:
+        layers: of the model, at least one for each part (`check_layout`).
+        pipeline: stages.
+        virtual_pipeline: parts of a stage.
+    """
+    parts = pipeline * virtual_pipeline
+    assert layers >= parts, "check_layout comes first"
+    cut = [-(-layers // parts)] * parts
+    for number in range(sum(cut) - layers):
+        turn, place = divmod(number, pipeline)
+        # Of the last stage from its last part backwards.
+        part = place - 1 + turn * pipeline if place > 0 else parts - 1 - turn * pipeline
+        cut[part] -= 1
+    return tuple(cut)
+
+
 def stage_shards(
     architecture: Architecture,
     *,
@@ -105,20 +135,19 @@ def stage_shards(
     spec: str,
 ) -> list[Shard]:
     """The model chunks of a rank, in megatron-core's order: chunk c of stage p holds part c * pipeline_size + p."""
-    parts = pipeline_size * virtual_pipeline
-    assert architecture.layers % parts == 0, "check_layout comes first"
-    layers = architecture.layers // parts
+    cut = chunk_layers(architecture.layers, pipeline_size, virtual_pipeline)
+    firsts = list(accumulate(cut, initial=0))
     return [
         Shard(
             tensor_rank=tensor_rank,
             tensor_size=tensor_size,
-            first_layer=part * layers,
-            layers=layers,
+            first_layer=firsts[part],
+            layers=cut[part],
             embedding=part == 0,
-            head=part == parts - 1,
+            head=part == len(cut) - 1,
             spec=spec,
         )
-        for part in range(pipeline_rank, parts, pipeline_size)
+        for part in range(pipeline_rank, len(cut), pipeline_size)
     ]
 
 
@@ -157,10 +186,10 @@ def check_layout(
         rule = "an interleaved pipeline needs pipeline > 1"
         raise ConfigError(f"{prefix}.virtual_pipeline", virtual_pipeline, rule, f"Set {prefix}.virtual_pipeline=1")
     parts = pipeline * virtual_pipeline
-    if architecture.layers % parts != 0:
+    if architecture.layers < parts:
         name = f"{prefix}.pipeline" if virtual_pipeline == 1 else f"{prefix}.pipeline x {prefix}.virtual_pipeline"
-        rule = f"the model's {architecture.layers} layers must be a multiple of it"
-        raise ConfigError(name, parts, rule, f"Use one of {_divisors(architecture.layers, parts)}")
+        rule = f"no part of a pipeline may be without a layer, and the model has {architecture.layers}"
+        raise ConfigError(name, parts, rule, f"Use at most {architecture.layers}")
 
 
 def _divisors(number: int, near: int) -> str:

@@ -23,6 +23,8 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -33,7 +35,16 @@ from megakd.config import Parallel, Precision
 from megakd.errors import ModelError
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_parameters
-from megakd.hf.pieces import Piece, Shard, padded_kv_heads, padded_vocab, pieces, spec_of, stage_shards
+from megakd.hf.pieces import (
+    Piece,
+    Shard,
+    chunk_layers,
+    padded_kv_heads,
+    padded_vocab,
+    pieces,
+    spec_of,
+    stage_shards,
+)
 from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
 from megakd.mcore.fp8_layers import (
     fill_rows_of,
@@ -60,6 +71,35 @@ RECOMPUTE = {
 FP8_FORMATS = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 """megatron-core's names of the formats that each recipe has by default in Transformer Engine: "hybrid" has gradients in
 E5M2."""
+
+
+class LayerCut(PipelineParallelLayerLayout):
+    """How a role's layers are cut (`chunk_layers`), as megatron-core's configuration takes it.
+
+    megatron-core asks its own layout for "this rank" and looks the stage up in its global state, which is the student's
+    and not a teacher's. This one answers for the stage that it was made for.
+    """
+
+    def __init__(self, layers: int, parallel: Parallel, shards: list[Shard]):
+        """`shards`: this rank's chunks."""
+        parts = chunk_layers(layers, parallel.pipeline, parallel.virtual_pipeline)
+        cut = [[LayerType.decoder] * number for number in parts]
+        cut[0].insert(0, LayerType.embedding)
+        cut[-1].append(LayerType.loss)
+        super().__init__(cut, parallel.pipeline)
+        self.shards = shards
+
+    def get_num_layers_to_build(self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None,
+                                pp_rank: int | None = None) -> int:
+        """Layers of a chunk."""
+        assert layer_type == LayerType.decoder and pp_rank is None
+        return self.shards[vp_stage or 0].layers
+
+    def get_layer_offset(self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None,
+                         pp_rank: int | None = None) -> int:
+        """Layers of the model before a chunk."""
+        assert layer_type == LayerType.decoder and pp_rank is None
+        return self.shards[vp_stage or 0].first_layer
 
 
 class HiddenGPT(GPTModel):
@@ -164,10 +204,11 @@ def unwrap(chunk: nn.Module) -> HiddenGPT:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: Parallel, recompute: str, precision: Precision, device: torch.device,
-    *, trained: bool = True,
+    architecture: Architecture, parallel: Parallel, shards: list[Shard], recompute: str, precision: Precision,
+    device: torch.device, *, trained: bool = True,
 ) -> TransformerConfig:
-    """megatron-core's configuration of an architecture under a layout, a choice of RECOMPUTE and a precision."""
+    """megatron-core's configuration of a rank's `shards` of an architecture under a layout, a choice of RECOMPUTE and a
+    precision."""
     kv_heads = padded_kv_heads(architecture.kv_heads, parallel.tensor)
     dtype = TORCH_DTYPES[precision.dtype]
     engine = spec_of(device.type, emulated=precision.emulate) == "te"
@@ -189,6 +230,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=LayerCut(architecture.layers, parallel, shards),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
@@ -265,15 +307,7 @@ def build_model(
     Raises:
         ModelError: the directory does not hold the model; on all ranks of a data group.
     """
-    config = transformer_config(architecture, parallel, recompute, precision, device, trained=trained)
     spec = spec_of(device.type, emulated=precision.emulate)
-    if trained:
-        forget_delayed_scaling(config)
-    amaxes, emulation = None, None
-    if precision.emulate:
-        scaling = precision.scaling_of(trained=trained)
-        amaxes = AmaxHistories(precision.amax_history, grid.groups.tp_dp_cp) if scaling == "delayed" else None
-        emulation = Emulation(scaling, amaxes)
     shards = stage_shards(
         architecture,
         tensor_rank=grid.at.tensor,
@@ -283,7 +317,15 @@ def build_model(
         virtual_pipeline=parallel.virtual_pipeline,
         spec=spec,
     )
-    chunks = []
+    config = transformer_config(architecture, parallel, shards, recompute, precision, device, trained=trained)
+    if trained:
+        forget_delayed_scaling(config)
+    amaxes, emulation = None, None
+    if precision.emulate:
+        scaling = precision.scaling_of(trained=trained)
+        amaxes = AmaxHistories(precision.amax_history, grid.groups.tp_dp_cp) if scaling == "delayed" else None
+        emulation = Emulation(scaling, amaxes)
+    chunks, before = [], 0
     for virtual, shard in enumerate(shards):
         numbers = range(shard.first_layer, shard.first_layer + shard.layers)
         roundings = [None if _stays_bf16(number, architecture, precision) else emulation for number in numbers]
@@ -305,8 +347,9 @@ def build_model(
                 pg_collection=grid.groups,
                 vp_stage=virtual if parallel.virtual_pipeline > 1 else None,
             ).to(device)
-        for index, layer in enumerate(chunk.decoder.layers):
-            attention_of(layer).cache_layer = virtual * shard.layers + index
+        for index, layer in enumerate(chunk.decoder.layers, before):
+            attention_of(layer).cache_layer = index
+        before += shard.layers
         if config.fp8 is not None:
             make_quantizers(chunk, config)
             fill_rows_of(chunk, FP8_MULTIPLES[config.fp8_recipe])

@@ -65,8 +65,8 @@ class Candidate:
 
     @cached_property
     def memories(self) -> dict[int, Memory]:
-        """Of the pipeline ranks that can be the fullest: the first and the last."""
-        return {rank: training_memory(self.setup, rank) for rank in {0, self.setup.trained.parallel.pipeline - 1}}
+        """Of the pipeline ranks that can be the fullest."""
+        return {rank: training_memory(self.setup, rank) for rank in self.setup.trained.fullest}
 
     @property
     def pipeline_rank(self) -> int:

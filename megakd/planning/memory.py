@@ -60,7 +60,7 @@ def training_memory(setup: TrainingSetup, pipeline_rank: int) -> Memory:
     kept = _model_states(setup, shards)
     for role, teacher in setup.teachers.items():
         kept[f"{role}: weights"] = max(forward_weights(setup, teacher, stage)
-                                       for stage in range(teacher.parallel.pipeline))
+                                       for stage in set(teacher.alike))
     for role, architecture in setup.heads.items() if last else ():
         columns = head_columns(architecture, trained.parallel.tensor)
         kept[f"{role}: head for the loss"] = columns * architecture.hidden_size * setup.parameter_bytes
@@ -145,7 +145,7 @@ def _student_phases(setup: TrainingSetup, shards: list[Shard], pipeline_rank: in
     layer = saved_of_layer(setup, widths, trained.recompute)
     tokens = work.most("tokens")
     residual = widths.hidden * _share(setup) * tokens * setup.parameter_bytes
-    activations = under_way * shards[0].layers * layer * tokens
+    activations = trained.layers_under_way(pipeline_rank, len(work.micro_batches)) * layer * tokens
     if trained.parallel.virtual_pipeline > 1:
         activations += under_way * residual  # what a chunk gives is not freed when it is sent
     backward = {"activations": activations, "a layer's gradients": _layer_gradients(setup, widths, tokens)}

@@ -25,6 +25,7 @@ from megakd.planning.nodes import check_nodes, fewest_nodes
 from megakd.planning.plan_inference import InferencePlan, can_be_planned, plan_inference
 from megakd.planning.recipe import question_of_stage, setup_of_stage
 from megakd.planning.search import Limits, Question, check_arithmetic, search
+from megakd.planning.timing import uneven_within
 from megakd.planning.work import Lengths
 
 MOST_NODES = 2048
@@ -168,6 +169,12 @@ def _other_ways(question: Question, own: Candidate) -> str:
 def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str, ...]:
     """What a reader of a plan has to know besides; `longest` is the recipe's layout with the longest sequences."""
     notes = []
+    for name, role in longest.roles.items():
+        layers, cut = role.architecture.layers, role.parallel
+        if uneven_within(layers, cut.pipeline, cut.virtual_pipeline):
+            notes.append(f"{stage.trains if name == 'student' else name}: {layers} layers make {cut.pipeline} x "
+                         f"{cut.virtual_pipeline} parts of unequal sizes, which wait for each other; that time is not "
+                         "counted")
     if not longest.fits:
         notes.append(f"memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = "
                      f"{recipe.data.max_length} tokens would take {longest.memory.total / GIB:.1f} GiB, which does not "

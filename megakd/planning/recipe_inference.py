@@ -185,7 +185,7 @@ def evaluation_memory(setup: EvaluationSetup, label: str, pipeline_rank: int) ->
     last = pipeline_rank == drawn.role.parallel.pipeline - 1
     number = 4 if drawn.dtype == "fp32" else 2
     for name, role in setup.teachers.items():
-        stages = [scoring_memory(setup.own[name], stage) for stage in range(role.parallel.pipeline)]
+        stages = [scoring_memory(setup.own[name], stage) for stage in set(role.alike)]
         kept[f"{name}: weights"] = max(memory.kept["weights"] for memory in stages)
         phases |= {f"{name}: {phase}": parts for memory in stages for phase, parts in memory.phases.items()}
         if last:

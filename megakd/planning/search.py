@@ -8,6 +8,9 @@ in the memory of a GPU. So each role is searched by itself, what is worse in mem
 the rest is combined. The best combinations are then timed together, which makes their numbers exact. What the engine
 refuses is left out by the engine's own rules (`check_parallel`, `check_layout`, `batch_multiple`).
 
+Left out, too, are interleaved pipelines whose stages have chunks of different sizes (`uneven_within`): what takes turns
+with what it is not as long as waits, which `pipeline_seconds` does not know.
+
 Context ranks whose number shares a factor with the micro-batch are left out, too: as many times more replicas with as
 many times smaller micro-batches have as many positions on a rank and as many micro-batches, and send no keys and values
 for it.
@@ -32,7 +35,7 @@ from megakd.planning.candidate import Candidate, ScoredBeforehand, room, setting
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory import training_memory
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
-from megakd.planning.timing import training_time
+from megakd.planning.timing import training_time, uneven_within
 from megakd.planning.work import Lengths, work_of_lengths
 
 RECOMPUTE = ("none", "mlp", "full")
@@ -40,6 +43,8 @@ BESIDE, BEFORE = "beside", "before"
 """Where teachers run: on the same GPUs in the same step, or in score stages before the training."""
 EXACT = 12
 """Combinations of one layout of the trained model that are timed together."""
+MOST_FULLEST = 4
+"""Stages that `RoleSetup.fullest` has at most: two ends, and two kinds between."""
 TIE = 1e-6
 """Relative difference of times that is none."""
 
@@ -235,10 +240,11 @@ def layouts(question: Question, cluster: Cluster, limits: Limits, name: str) -> 
     world = question.world
     node = min(cluster.devices_per_node, world)
     widest = min(node, limits.tensor or node)
-    for tensor, pipeline in product(divisors(node, widest), divisors(architecture.layers, limits.pipeline)):
+    for tensor, pipeline in product(divisors(node, widest), range(1, min(architecture.layers, limits.pipeline) + 1)):
         if world % (tensor * pipeline) != 0:
             continue
-        chunks = divisors(architecture.layers // pipeline, limits.virtual_pipeline)
+        most = min(architecture.layers // pipeline, limits.virtual_pipeline)
+        chunks = [number for number in range(1, most + 1) if not uneven_within(architecture.layers, pipeline, number)]
         contexts = divisors(world // (tensor * pipeline), limits.context) if trained else [1]
         for virtual, context, sequence in product(chunks, contexts, (False, True)):
             padded = padded_kv_heads(architecture.kv_heads, tensor) != architecture.kv_heads
@@ -319,14 +325,17 @@ def _student_options(question: Question, cluster: Cluster, students: Sequence[Ro
 
 
 def own_needs(setup: TrainingSetup) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the trained model keeps, and needs at its fullest moment, on its first and last stage: without the teachers'
-    weights and forward passes."""
+    """What the trained model keeps, and needs at its fullest moment, on the stages that can be the fullest: without the
+    teachers' weights and forward passes."""
     kept, phase = [], []
-    for rank in {0, setup.trained.parallel.pipeline - 1}:
+    for rank in setup.trained.fullest:
         memory = training_memory(setup, rank)
         kept.append(sum(memory.kept.values()) - sum(memory.kept[f"{role}: weights"] for role in setup.teachers))
         phase.append(max(sum(parts.values()) for name, parts in memory.phases.items()
                          if name not in {f"{role} runs" for role in setup.teachers}))
+    # As many numbers for each layout of a group, for `pareto` compares them one by one.
+    for numbers in (kept, phase):
+        numbers += numbers[:1] * (MOST_FULLEST - len(numbers))
     return tuple(kept), tuple(phase)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megakd.batch import Kind
 from megakd.chunks import GRADIENT_CHUNKS
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
-from megakd.hf.pieces import Shard, spec_of, stage_shards
+from megakd.hf.pieces import Shard, chunk_layers, spec_of, stage_shards
 from megakd.layout import Layout
 from megakd.planning.work import StepWork
 
@@ -47,6 +48,41 @@ class RoleSetup:
         behind = stages - pipeline_rank - 1
         ahead = behind if chunks == 1 else 2 * behind + (chunks - 1) * stages
         return min(ahead + 1, micro_batches * chunks)
+
+    def layers_under_way(self, pipeline_rank: int, micro_batches: int) -> int:
+        """Layer passes whose activations a stage holds at most: those of `warmup` chunk passes.
+
+        Where its chunks differ, the schedule is followed for a round: `pipeline` micro-batches through each chunk,
+        forward from the first and backward from the last; each backward pass frees a chunk's for the next forward pass.
+        """
+        passes, cut = self.warmup(pipeline_rank, micro_batches), self.layers_of(pipeline_rank)
+        if min(cut) == max(cut):
+            return passes * cut[0]
+        stages, chunks = self.parallel.pipeline, self.parallel.virtual_pipeline
+        held = [sum(cut[number // stages % chunks] for number in range(passes))]
+        for back in range(min(micro_batches * chunks - passes, stages * chunks)):
+            held.append(held[-1] - cut[-1 - back // stages % chunks] + cut[(passes + back) // stages % chunks])
+        return max(held)
+
+    def layers_of(self, pipeline_rank: int) -> tuple[int, ...]:
+        """Layers of a stage's chunks."""
+        stages = self.parallel.pipeline
+        return chunk_layers(self.architecture.layers, stages, self.parallel.virtual_pipeline)[pipeline_rank::stages]
+
+    @cached_property
+    def alike(self) -> tuple[int, ...]:
+        """For each stage the first one that has the same layers, and an embedding or a head as it does."""
+        last, first = self.parallel.pipeline - 1, {}
+        return tuple(first.setdefault((stage == 0, stage == last, self.layers_of(stage)), stage)
+                     for stage in range(last + 1))
+
+    @cached_property
+    def fullest(self) -> tuple[int, ...]:
+        """The stages that can need most memory in a training: the first and the last, and of those between one of each
+        kind that has other layers than the first. Those alike hold less the later they stand."""
+        ends = {0, self.parallel.pipeline - 1}
+        return tuple(stage for stage in sorted(set(self.alike))
+                     if stage in ends or self.layers_of(stage) != self.layers_of(0))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from megakd.planning.cluster import Cluster, Link
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup, TrainingSetup
 from megakd.planning.sizes import LayerWidths, head_columns, layer_widths, shard_parameters
-from megakd.planning.traffic import Call, context_calls, loss_calls, model_calls, training_traffic, transport_calls
+from megakd.planning.traffic import (
+    Call,
+    context_calls,
+    gradient_calls,
+    loss_calls,
+    model_calls,
+    training_traffic,
+    transport_calls,
+)
 from megakd.planning.work import MicroBatch, RoleWork
 
 BACKWARD = 2
@@ -147,11 +155,9 @@ def stage_time(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: st
 
 def stage_times(cluster: Cluster, setup: TrainingSetup, role: RoleSetup, name: str, micro: MicroBatch, *,
                 training: bool) -> list[StageTime]:
-    """`stage_time` of every stage: those between the first and the last are alike."""
-    last = role.parallel.pipeline - 1
-    made = {stage: stage_time(cluster, setup, role, name, stage, micro, training=training)
-            for stage in {0, min(1, last), last}}
-    return [made[stage if stage in made else 1] for stage in range(last + 1)]
+    """`stage_time` of every stage."""
+    made = {stage: stage_time(cluster, setup, role, name, stage, micro, training=training) for stage in set(role.alike)}
+    return [made[stage] for stage in role.alike]
 
 
 def _heard(cluster: Cluster, role: RoleSetup, axis: str, calls: Sequence[Call]) -> float:
@@ -182,6 +188,15 @@ def pipeline_seconds(stages: Sequence[StageTime], micro_batches: int, chunks: in
     slowest = max(stage.both for stage in stages)
     way = sum(stage.both for stage in stages) - slowest
     return micro_batches * slowest + way / chunks
+
+
+def uneven_within(layers: int, pipeline: int, virtual_pipeline: int) -> bool:
+    """Whether an interleaved pipeline has other chunks with a layer less than its first and its last.
+
+    They take turns with longer ones and wait: such a schedule takes up to 29 % longer than `pipeline_seconds`
+    says. All others take as long, or a little less where first and last stage have less to do.
+    """
+    return virtual_pipeline > 1 and -layers % (pipeline * virtual_pipeline) > 2
 
 
 def loss_seconds(cluster: Cluster, setup: TrainingSetup, micro: MicroBatch) -> float:
@@ -260,15 +275,15 @@ def _after(cluster: Cluster, setup: TrainingSetup, backward: float) -> dict[str,
                   if call.axis in ("pipeline", "tied") and call.operation != "receive"
                   and not any(call.purpose.startswith(role) for role in setup.teachers))
     between *= 1 - (cluster.overlap.pipeline if trained.parallel.virtual_pipeline > 1 else 0)
-    reduced = sum(call_seconds(cluster, call, link_of(cluster, trained, "data")) for call in calls
-                  if call.purpose == "gradients")
-    published = sum(call_seconds(cluster, call, link_of(cluster, trained, "data")) for call in calls
-                    if call.purpose == "parameters")
+    # The stage with most parameters is waited for.
+    reduced, published = (max(sum(call_seconds(cluster, call, link_of(cluster, trained, "data"))
+                                  for call in gradient_calls(setup, stage) if call.purpose == purpose and call.size > 1)
+                              for stage in set(trained.alike)) for purpose in ("gradients", "parameters"))
     # Beside the last micro-batch's backward pass: only then are the gradients whole.
     behind = backward / len(setup.work.roles["student"].micro_batches) if setup.overlap else 0
     reduced -= min(cluster.overlap.data * reduced, behind)
     parameters = max(sum(shard_parameters(trained.architecture, shard) for shard in trained.shards(stage, setup.spec))
-                     for stage in range(trained.parallel.pipeline))
+                     for stage in set(trained.alike))
     # All gradients cleared and divided; of a replica's own share gradient, master weight and two moments read and three
     # of them written.
     own = parameters / trained.layout.copies

@@ -63,7 +63,7 @@ def training_traffic(setup: TrainingSetup, rank: int) -> list[Call]:
     calls += model_calls(trained, setup, setup.work.roles["student"], pipeline_rank, "student", training=True)
     if pipeline_rank == trained.parallel.pipeline - 1:
         calls += loss_calls(setup, setup.work.roles["student"])
-    calls += _gradient_calls(setup, pipeline_rank)
+    calls += gradient_calls(setup, pipeline_rank)
     return [call for call in calls if call.size > 1 and call.calls > 0 and call.size_bytes > 0]
 
 
@@ -172,7 +172,7 @@ def _pieces(rows: Sequence[tuple[float, float]], tokens: int) -> float:
     return sum(math.ceil(each / tokens) * times for each, times in rows)
 
 
-def _gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:
+def gradient_calls(setup: TrainingSetup, pipeline_rank: int) -> list[Call]:
     """Gradients to the slices of the distributed optimizer, and the new parameters back to all replicas."""
     trained = setup.trained
     copies = trained.layout.copies

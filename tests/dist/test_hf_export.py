@@ -17,7 +17,7 @@ from tests.hf_models import architecture, random_tensors, write_model
 from tests.ranks import run_ranks, subgroup
 
 _LLAMA = architecture()
-_QWEN2 = architecture(family="qwen2", qkv_bias=True, tied_embeddings=False, hidden_size=24)
+_QWEN2 = architecture(family="qwen2", qkv_bias=True, tied_embeddings=False, hidden_size=24, layers=6)
 
 
 def _import_and_export(source: Path, target: ExportTarget, layout: Layout, virtual: int, spec: str) -> int:

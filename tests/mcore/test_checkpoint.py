@@ -37,12 +37,14 @@ STEPS, SAVED = 5, 2
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> str:
-    return str(make_llama(tmp_path_factory.mktemp("models") / "tied", seed=1))
+    """6 layers: two stages are alike, four parts are not."""
+    return str(make_llama(tmp_path_factory.mktemp("models") / "tied", seed=1, layers=6))
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> str:
-    return str(make_llama(tmp_path_factory.mktemp("models") / "untied", seed=2, tied=False))
+    """5 layers: no cut is even."""
+    return str(make_llama(tmp_path_factory.mktemp("models") / "untied", seed=2, layers=5, tied=False))
 
 
 PRECISIONS = {"fp32": Precision(), "bf16": Precision(dtype="bf16"),
@@ -311,9 +313,9 @@ def test_other_facts_are_refused(folder, tied):
 
 
 def test_another_model_is_refused(folder, tmp_path):
-    deeper = make_llama(tmp_path / "deeper", seed=1, layers=6)
+    deeper = make_llama(tmp_path / "deeper", seed=1, layers=8)
     message = error_of(folder, str(deeper))
-    assert "is of another model: layers 4 and not 6" in message
+    assert "is of another model: layers 6 and not 8" in message
 
 
 def test_a_missing_file_is_named(folder, tied):

@@ -15,6 +15,7 @@ from megatron.core import fp8_utils
 from megakd.config import Parallel, Precision
 from megakd.config_stages import Optimizer
 from megakd.hf.families import Architecture
+from megakd.hf.pieces import stage_shards
 from megakd.mcore import optimizer
 from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of, forget_delayed_scaling, make_quantizers
 from megakd.mcore.model import _of_packed_rows, transformer_config
@@ -206,7 +207,8 @@ SIZES = Architecture(
 
 def config_of(recipe: str, *, trained: bool, **settings: object):
     precision = Precision(dtype="fp8", fp8_recipe=recipe, **settings)
-    return transformer_config(SIZES, Parallel(), "none", precision, torch.device("cpu"), trained=trained)
+    shards = stage_shards(SIZES, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, spec="te")
+    return transformer_config(SIZES, Parallel(), shards, "none", precision, torch.device("cpu"), trained=trained)
 
 
 @pytest.mark.parametrize("recipe, trained, expected", [

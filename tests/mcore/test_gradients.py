@@ -25,11 +25,12 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> dict[str, str]:
+    """Models whose layers divide by no pipeline of the layouts below; those of the students do."""
     folder = tmp_path_factory.mktemp("models")
     return {
-        "student": str(make_llama(folder / "student", seed=1)),
-        "teacher": str(make_llama(folder / "teacher", seed=2, hidden=64, heads=8, kv_heads=4, tied=False)),
-        "reference": str(make_llama(folder / "reference", seed=3, layers=2)),
+        "student": str(make_llama(folder / "student", seed=1, layers=5)),
+        "teacher": str(make_llama(folder / "teacher", seed=2, layers=5, hidden=64, heads=8, kv_heads=4, tied=False)),
+        "reference": str(make_llama(folder / "reference", seed=3, layers=3)),
     }
 
 

@@ -8,7 +8,9 @@ import torch
 from megakd.config import Parallel
 from megakd.errors import ModelError
 from megakd.mcore import model as module
-from tests.mcore.cases import build
+from megakd.mcore import runtime
+from megakd.mcore.model import unwrap
+from tests.mcore.cases import build, grid
 from tests.mcore.tiny import make_llama
 from tests.ranks import run_ranks
 
@@ -46,3 +48,18 @@ def test_an_error_is_told_on_all_ranks(tmp_path):
     results = run_ranks(2, _load, str(directory), Parallel())
     assert [count for count, _ in results] == [1, 0]
     assert results[0][1] == results[1][1] and str(directory) in results[0][1]
+
+
+def _layer_numbers(directory: str) -> list[list[int]]:
+    """Numbers by which megatron-core knows the layers of each chunk (its FP8 asks for the first and the last), of a
+    teacher in two stages whose student, in its global state, has one."""
+    parallel = Parallel(pipeline=2, virtual_pipeline=2)
+    grid(parallel.tensor, parallel.pipeline)
+    runtime.set_global_state(grid(1, 1).groups)
+    chunks = build(directory, parallel).chunks
+    return [[layer.layer_number for layer in unwrap(chunk).decoder.layers] for chunk in chunks]
+
+
+def test_layers_are_numbered_by_their_own_models_cut(tmp_path):
+    directory = str(make_llama(tmp_path / "model", seed=3, layers=5))
+    assert run_ranks(2, _layer_numbers, directory) == [[[1], [3, 4]], [[2], [5]]]

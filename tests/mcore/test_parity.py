@@ -34,9 +34,11 @@ pytestmark = pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ,
 
 ROWS, PROMPTS, MICRO_BATCH, SLOTS = 32, 16, 8, 10
 DATA = Path(__file__).parents[2] / "examples" / "data" / "instructions.jsonl"
-LAYOUTS = {"tp1": Parallel(), "tp2 pp2": Parallel(tensor=2, pipeline=2, pad_heads=True)}
-"""One process and everything at once; those between are tested on tiny models (test_gradients.py, test_rollout.py)."""
-EXPORTING = "tp2 pp2"
+LAYOUTS = {"tp1": Parallel(),
+           "tp2 pp2 vpp2": Parallel(tensor=2, pipeline=2, virtual_pipeline=2, pad_heads=True)}
+"""One process and everything at once, SmolLM2's 30 layers in parts of 7, 8, 8 and 7; those between are tested on tiny
+models (test_gradients.py, test_rollout.py)."""
+EXPORTING = "tp2 pp2 vpp2"
 TIE = 1e-4
 """Two logits that are nearer may swap: sums are taken in another order."""
 
@@ -89,8 +91,8 @@ def _measure(directory: str, parallel: Parallel, groups: Sequence[Group], prompt
         if export_to is not None:
             export_model(
                 ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
-                [model.parameters_of(0)], layout=model.grid.layout, at=model.grid.at, tp_group=model.grid.groups.tp,
-                barrier_group=dist.group.WORLD)
+                list(map(model.parameters_of, range(len(model.chunks)))), layout=model.grid.layout, at=model.grid.at,
+                tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD)
         with evaluating(model):
             answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=SLOTS, pad_id=0)
             return _log_probs(model, groups), [answer.tokens for answer in answers]

@@ -38,11 +38,12 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> dict[str, str]:
-    """Models whose activations outweigh what the formulas leave out, and whose sizes need no padding."""
+    """Models whose activations outweigh what the formulas leave out, and whose sizes need no padding. The
+    student's layers divide by no pipeline: the chunks of an interleaved one have 2, 2, 2 and 1."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden": 128, "heads": 8, "kv_heads": 4}
     return {role: str(make_llama(folder / role, seed=seed, layers=layers, tied=role == "student", **sizes))
-            for seed, (role, layers) in enumerate({"student": 8, "teacher": 4, "reference": 4}.items())}
+            for seed, (role, layers) in enumerate({"student": 7, "teacher": 4, "reference": 4}.items())}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -36,7 +36,7 @@ SCORINGS = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> str:
     """A model whose activations and cache outweigh what the formulas leave out."""
-    return str(make_llama(tmp_path_factory.mktemp("model"), seed=1, hidden=128, layers=8, heads=8, kv_heads=4))
+    return str(make_llama(tmp_path_factory.mktemp("model"), seed=1, hidden=128, layers=7, heads=8, kv_heads=4))
 
 
 def counted(calls) -> Counter:

@@ -32,7 +32,8 @@ def _prompts(vocab_size: int) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     # Large weights, so that no two tokens are near a tie; an odd number of groups, so that TP 2 pads them.
-    toy = architecture()
+    # Five layers: stages and their parts have unequally many.
+    toy = architecture(layers=5)
     tensors = {name: tensor * 6 if tensor.ndim == 2 else 1 + tensor for name, tensor in random_tensors(toy).items()}
     return str(write_model(tmp_path_factory.mktemp("rollout") / "model", toy, tensors))
 

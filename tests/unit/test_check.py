@@ -79,20 +79,18 @@ def test_heads_that_do_not_divide(raw, tmp_path):
     assert message.endswith("or use one of 1, 3")
 
 
-def test_layers_that_do_not_divide(raw, tmp_path):
-    raw["teacher"]["parallel"] = {"pipeline": 3}
-    raw["student"]["parallel"], raw["reference"]["parallel"] = {"tensor": 3}, {"tensor": 3}
-    message = refused(raw, tmp_path, ConfigError, world=3)
-    assert message == (
-        "teacher.parallel.pipeline = 3: the model's 4 layers must be a multiple of it. Use one of 1, 2, 4"
-    )
+def test_more_stages_than_layers(raw, tmp_path):
+    raw["teacher"]["parallel"] = {"pipeline": 2, "virtual_pipeline": 3}
+    message = refused(raw, tmp_path, ConfigError)
+    assert message == ("teacher.parallel.pipeline x teacher.parallel.virtual_pipeline = 6: no part of a pipeline may "
+                       "be without a layer, and the model has 4. Use at most 4")
 
 
 def test_a_model_is_checked_in_the_layout_that_it_runs_in(raw, tmp_path):
     """What the teacher's stage starts from is cut like the teacher, though the same model as reference is not cut."""
-    stage(raw, "dpo")["init"] = str(write_tiny_model(tmp_path / "deep", seed=3, layers=5))
+    stage(raw, "dpo")["init"] = str(write_tiny_model(tmp_path / "shallow", seed=3, layers=1))
     message = refused(raw, tmp_path, ConfigError)
-    assert message.startswith("teacher.parallel.pipeline = 2: the model's 5 layers must be a multiple of it")
+    assert message.startswith("teacher.parallel.pipeline = 2: no part of a pipeline may be without a layer, and ")
 
 
 def test_feed_forward_size_that_does_not_divide(raw, tmp_path):

@@ -19,8 +19,8 @@ from tests.hf_models import architecture, cut, random_tensors, write_model
 # name -> architecture, tensor size, pipeline size, virtual pipeline, spec, files of the source
 _CASES = {
     "plain": (architecture(), 1, 1, 1, "local", 1),
-    "tied, padded heads": (architecture(), 2, 2, 1, "local", 1),
-    "untied, several files": (architecture(tied_embeddings=False), 3, 2, 2, "te", 3),
+    "tied, padded heads": (architecture(layers=5), 2, 2, 1, "local", 1),
+    "untied, several files": (architecture(tied_embeddings=False, layers=7), 3, 2, 2, "te", 3),
     "bias, more ranks than groups": (architecture(qkv_bias=True, family="qwen2", kv_heads=2), 4, 1, 1, "local", 2),
     "ranks with padding alone": (architecture(vocab_size=100, kv_heads=1, heads=2), 3, 1, 1, "te", 1),
 }

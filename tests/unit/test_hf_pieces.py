@@ -1,6 +1,7 @@
 """The table of pieces: every Hugging Face element has one owner, and lies where an independent cut puts it."""
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import (
     Shard,
     check_layout,
+    chunk_layers,
     head_pieces,
     padded_kv_heads,
     padded_vocab,
@@ -31,7 +33,7 @@ def _cases(draw) -> tuple[Architecture, list[Shard]]:
     kv_heads = draw(st.integers(1, 6))
     a = architecture(
         hidden_size=draw(st.integers(1, 5)),
-        layers=pipeline * virtual * draw(st.integers(1, 2)),
+        layers=draw(st.integers(pipeline * virtual, 2 * pipeline * virtual + 1)),
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 2, 4])),
@@ -118,6 +120,32 @@ def test_interleaved_stages():
     ]
 
 
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ((126, 4, 1), (31, 32, 32, 31)),
+    ((126, 8, 1), (15, *[16] * 6, 15)),
+    ((126, 16, 1), (7, *[8] * 14, 7)),
+    ((126, 8, 8), (1, *[2] * 62, 1)),
+    ((5, 2, 1), (3, 2)),  # the head's part is short before the embedding's
+    ((10, 7, 1), (1, 1, 1, 2, 2, 2, 1)),  # then those from the front
+    ((7, 2, 3), (1, 1, 1, 1, 2, 1)),  # of the last stage from its last part on
+    ((80, 8, 5), (2,) * 40),
+])
+def test_where_layers_do_not_divide_first_and_last_part_have_less(sizes, expected):
+    """A checkpoint does not say how its model was cut: these may not change."""
+    assert chunk_layers(*sizes) == expected
+
+
+def test_parts_and_stages_differ_by_one_layer_at_most():
+    for layers, pipeline, virtual in product(range(1, 40), range(1, 9), range(1, 6)):
+        if layers < pipeline * virtual:
+            continue
+        parts = chunk_layers(layers, pipeline, virtual)
+        stages = [sum(parts[stage::pipeline]) for stage in range(pipeline)]
+        assert sum(parts) == layers and len(parts) == pipeline * virtual and min(parts) > 0
+        assert max(parts) - min(parts) <= 1 and max(stages) - min(stages) <= 1
+        assert parts[-1] == min(parts) and stages[-1] == min(stages)
+
+
 def test_a_tied_head_on_another_stage_is_a_copy():
     a = architecture()
     last = Shard(tensor_rank=0, tensor_size=1, first_layer=2, layers=2, embedding=False, head=True, spec="local")
@@ -138,8 +166,8 @@ def test_padding():
         ((2, 1, 1, False), "teacher.parallel.tensor", ["teacher.parallel.pad_heads=true", "2 zero heads = 33%"]),
         ((4, 1, 1, False), "teacher.parallel.tensor", ["2 zero heads = 33%", "one of 1, 3"]),
         ((6, 1, 1, False), "teacher.parallel.tensor", ["6 zero heads = 100%"]),
-        ((1, 3, 1, False), "teacher.parallel.pipeline", ["4 layers", "1, 2, 4"]),
-        ((1, 2, 3, False), "teacher.parallel.pipeline x teacher.parallel.virtual_pipeline", ["4 layers"]),
+        ((1, 5, 1, False), "teacher.parallel.pipeline", ["the model has 4.", "at most 4"]),
+        ((1, 2, 3, False), "teacher.parallel.pipeline x teacher.parallel.virtual_pipeline", ["the model has 4."]),
         ((1, 1, 2, False), "teacher.parallel.virtual_pipeline", ["pipeline > 1"]),
     ],
 )

@@ -150,6 +150,8 @@ def test_what_long_sequences_would_take_is_noted(capsys):
     words = ("--cluster", "h100", "--nodes", "adpa=1", "--best", "0")
     assert "memory is that of mean lengths" not in plan(capsys, RECIPE, *words, "--prompt-tokens", "300",
                                                         "--answer-tokens", "300", "student.micro_batch=1")
+    cut = ("student.parallel.pipeline=2", "student.parallel.virtual_pipeline=3")
+    assert "note: student: 32 layers make 2 x 3 parts of unequal sizes" in plan(capsys, RECIPE, *words, *GIVEN, *cut)
     text = plan(capsys, RECIPE, *words, *GIVEN, "data.max_length=4096")
     assert "note: memory is that of mean lengths; a micro-batch whose sequences all have data.max_length = 4096" in text
 

@@ -24,7 +24,7 @@ from megakd.planning.setup import LossCall, RoleSetup
 from megakd.planning.sizes import parameter_count
 from megakd.planning.timing import training_time
 from megakd.planning.work import Lengths
-from tests.planning_cases import LLAMA_8B, LLAMA_70B, architecture, small_cluster
+from tests.planning_cases import LLAMA_8B, LLAMA_70B, LLAMA_405B, architecture, small_cluster
 from tests.recipes import stage, tiny_recipe, write_recipe
 
 BOTH = (Kind.CHOSEN, Kind.REJECTED)
@@ -49,7 +49,7 @@ def naive_layouts(model, asked: Question, recompute, micro_batches, virtual, pip
     for tensor, pipeline, chunks, sequence, context in product((1, 2, 3, 4), pipelines, virtual, (False, True),
                                                                contexts):
         if asked.world % (tensor * pipeline * context) or 4 % tensor or (sequence and tensor == 1) \
-                or (chunks > 1 and pipeline == 1):
+                or (chunks > 1 and (pipeline == 1 or -model.layers % (pipeline * chunks) > 2)):
             continue
         padded = model.kv_heads % tensor != 0
         try:
@@ -244,11 +244,17 @@ def test_the_smallest_change_is_one_setting_where_one_is_enough():
     assert smallest_change(asked, own, {}, Limits(tensor=1, pipeline=1, micro_batch=2, recompute=("none",))) is None
 
 
-def test_16384_gpus():
+def test_16384_gpus_and_layers_that_do_not_divide():
     asked = question(("teacher", "reference"), trained=LLAMA_8B, dtype="bf16", device="cuda", world=16384,
                      global_batch=16384, lengths=Lengths(300, 300),
-                     teachers={"teacher": LLAMA_70B, "reference": LLAMA_70B})
+                     teachers={"teacher": LLAMA_405B, "reference": LLAMA_405B})
+    cuts = {(each.parallel.pipeline, each.parallel.virtual_pipeline)
+            for each in layouts(asked, cluster_named("h100"), Limits(pipeline=16, micro_batch=1), "teacher")}
+    assert cuts >= {(stages, chunks) for stages in (4, 8, 16) for chunks in (1, 2, 4)} | {(8, 8)}
+    assert not cuts & {(8, 3), (8, 7), (16, 7)}  # unequal parts within a stage
     found = search(asked, cluster_named("h100"), Limits(best=2))
+    # Two such teachers beside a student have room in 8 stages or more.
+    assert min(role.parallel.pipeline for each in found for role in each.setup.teachers.values()) >= 8
     assert len(found) == 4 and all(each.world == 16384 and each.fits for each in found)
     for candidate in found:
         for role in candidate.roles.values():

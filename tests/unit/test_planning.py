@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -11,10 +12,12 @@ from megakd.chunks import chunk_tokens_on
 from megakd.config import Parallel, parse
 from megakd.errors import ConfigError
 from megakd.hf.families import Architecture
+from megakd.hf.pieces import chunk_layers
 from megakd.layout import Layout
 from megakd.planning.memory import saved_of_layer, training_memory
 from megakd.planning.nodes import check_nodes
 from megakd.planning.recipe import setup_of_stage
+from megakd.planning.search import MOST_FULLEST
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
 from megakd.planning.sizes import (
     buffer_numbers,
@@ -118,26 +121,47 @@ def test_operations_of_a_layer_against_a_plain_count():
     assert layer_flops(widths, tokens, sum(n * (n + 1) / 2 for n in lengths)) == plain
 
 
-def in_flight(stages: int, stage: int, chunks: int, micro_batches: int) -> int:
-    """Most chunk passes under way on a stage: all of the warm-up, then forward before backward, one of each."""
-    if chunks == 1:
-        warmup = min(stages - stage - 1, micro_batches)
-    else:
-        warmup = min((stages - stage - 1) * 2 + (chunks - 1) * stages, micro_batches * chunks)
-    under_way = most = warmup
-    for _ in range(micro_batches * chunks - warmup):
-        under_way += 1
-        most = max(most, under_way)
-        under_way -= 1
+def in_flight(stages: int, stage: int, cut: tuple[int, ...], micro_batches: int) -> tuple[int, int]:
+    """Most chunk passes under way on a stage with chunks of `cut` layers, and most layer passes: the warm-up, then
+    forward before backward, one of each; as many micro-batches as stages through a chunk, then through the next."""
+    chunks = len(cut)
+    group = stages if chunks > 1 else 1
+    forward = [chunk for start in range(0, micro_batches, group) for chunk in range(chunks)
+               for _ in range(start, min(start + group, micro_batches))]
+    backward = [chunks - 1 - chunk for chunk in forward]
+    behind = stages - stage - 1
+    warmup = min(behind if chunks == 1 else behind * 2 + (chunks - 1) * stages, len(forward))
+    under_way = [*forward[:warmup]]
+    most = len(under_way), sum(cut[chunk] for chunk in under_way)
+    for one, other in zip(forward[warmup:], backward, strict=False):
+        under_way.append(one)
+        most = max(most[0], len(under_way)), max(most[1], sum(cut[chunk] for chunk in under_way))
+        under_way.remove(other)
     return most
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8, 32])
-@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 5)])
-def test_micro_batches_under_way(stages, chunks, micro_batches):
-    setup = RoleSetup(LLAMA_70B, Parallel(pipeline=stages, virtual_pipeline=chunks), stages, 1)
+@pytest.mark.parametrize("rounds", [1, 2, 8])
+@pytest.mark.parametrize("model", [LLAMA_70B, LLAMA_405B])
+@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 5), (8, 8), (16, 3)])
+def test_micro_batches_and_layers_under_way(stages, chunks, model, rounds):
+    setup = RoleSetup(model, Parallel(pipeline=stages, virtual_pipeline=chunks), stages, 1)
+    parts = chunk_layers(model.layers, stages, chunks)
     for number in range(stages):
-        assert setup.warmup(number, micro_batches) == in_flight(stages, number, chunks, micro_batches)
+        micro_batches = rounds * (stages if chunks > 1 else 1)
+        assert (setup.warmup(number, micro_batches), setup.layers_under_way(number, micro_batches)) == in_flight(
+            stages, number, parts[number::stages], micro_batches)
+
+
+def test_stages_that_need_a_look():
+    setup = RoleSetup(LLAMA_405B, Parallel(pipeline=12), 12, 1)  # 10 layers on stages 0 to 4 and 11, elsewhere 11
+    assert setup.alike == (0, 1, 1, 1, 1, 5, 5, 5, 5, 5, 5, 11) and setup.fullest == (0, 5, 11)
+    even = RoleSetup(LLAMA_405B, Parallel(pipeline=9, virtual_pipeline=7), 9, 1)
+    assert even.alike == (0, *[1] * 7, 8) and even.fullest == (0, 8)
+    for layers, stages, chunks in product(range(1, 60), range(1, 9), range(1, 6)):
+        if layers >= stages * chunks:
+            role = RoleSetup(replace(LLAMA_8B, layers=layers), Parallel(pipeline=stages, virtual_pipeline=chunks),
+                             stages, 1)
+            assert len(role.fullest) <= MOST_FULLEST
 
 
 def step_of(groups: int, prompt: int, answer: int) -> Step:

@@ -10,9 +10,10 @@ import pytest
 from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.errors import ConfigError
+from megakd.hf.pieces import chunk_layers
 from megakd.planning.cluster import Cluster, load_cluster
 from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
-from megakd.planning.timing import StageTime, link_of, pipeline_seconds, training_time
+from megakd.planning.timing import StageTime, link_of, pipeline_seconds, training_time, uneven_within
 from megakd.planning.work import Lengths, work_of_lengths
 from tests.planning_cases import architecture, cluster_fields, small_cluster, write_cluster
 
@@ -75,6 +76,56 @@ def test_equal_stages_wait_as_long_as_the_schedule_makes_them(stages, micro_batc
     # 1F1B: M + P - 1 turns of forward and backward; interleaved, the P - 1 are of a chunk's size.
     expected = 3.0 * (micro_batches + (stages - 1) / chunks)
     assert pipeline_seconds([each] * stages, micro_batches, chunks) == pytest.approx(expected)
+
+
+def schedule(parts: tuple[int, ...], stages: int, micro_batches: int, head: float) -> float:
+    """Seconds until the last stage of megatron-core's 1F1B, interleaved where a stage has several parts, has done its
+    last pass: a layer takes 1 forward and 2 backward, the head `head` in all, messages nothing."""
+    chunks = len(parts) // stages
+    passes = [(chunk, turn * stages + number) for turn in range(micro_batches // stages)
+              for chunk in range(chunks) for number in range(stages)]
+    if chunks == 1:
+        passes = [(0, number) for number in range(micro_batches)]
+    orders = []
+    for stage in range(stages):
+        behind = stages - stage - 1
+        warmup = min(len(passes), behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+        forward = [("F", chunk * stages + stage, number) for chunk, number in passes]
+        backward = [("B", (chunks - 1 - chunk) * stages + stage, number) for chunk, number in passes]
+        turns = [step for pair in zip(forward[warmup:], backward, strict=False) for step in pair]
+        orders.append(forward[:warmup] + turns + backward[len(passes) - warmup :])
+    done: dict[tuple[str, int, int], float] = {}
+    clocks, next_step = [0.0] * stages, [0] * stages
+    while any(at < len(order) for at, order in zip(next_step, orders, strict=True)):
+        for stage, order in enumerate(orders):
+            while next_step[stage] < len(order):
+                way, part, number = order[next_step[stage]]
+                before = (way, part - 1 if way == "F" else part + 1, number)
+                if way == "B" and part == len(parts) - 1:
+                    before = ("F", part, number)
+                if before[1] >= 0 and before not in done:
+                    break
+                seconds = parts[part] * (1 if way == "F" else 2) + (part == len(parts) - 1) * head * (
+                    1 / 3 if way == "F" else 2 / 3)
+                clocks[stage] = max(clocks[stage], done.get(before, 0.0)) + seconds
+                done[way, part, number] = clocks[stage]
+                next_step[stage] += 1
+    return max(clocks)
+
+
+@pytest.mark.parametrize(("layers", "stages", "chunks", "least", "most"), [
+    (80, 8, 5, 0.0, 1e-9), (126, 4, 1, 0.0, 1e-9), (126, 16, 1, 0.0, 1e-9), (126, 11, 1, 0.0, 0.005),
+    (126, 8, 8, 0.0, 0.01), (126, 16, 4, 0.0, 0.01),
+    (126, 16, 6, -0.15, -0.1), (80, 8, 7, -0.2, -0.1),  # unequal parts within a stage: `uneven_within`
+])
+def test_unequal_stages_wait_for_the_slowest(layers, stages, chunks, least, most):
+    parts = chunk_layers(layers, stages, chunks)
+    each = [StageTime({"a": sum(parts[stage::stages])}, {"b": 2 * sum(parts[stage::stages])})
+            for stage in range(stages)]
+    each[-1] = StageTime(each[-1].forward | {"loss": 1.0}, each[-1].backward | {"loss": 2.0})
+    error = pipeline_seconds(each, 2 * stages, chunks) / schedule(parts, stages, 2 * stages, head=3.0) - 1
+    assert least <= error <= most
+    assert uneven_within(layers, stages, chunks) == (error < 0)
 
 
 def test_tensor_messages_are_those_of_a_ring_and_can_be_hidden():
