@@ -26,6 +26,7 @@ from typing import Any
 
 from scaling_page import page
 
+from megakd.chunks import chunk_tokens_on
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, KdObjective, Objective, SftObjective
 from megakd.disk import write_text_atomic
 from megakd.errors import ConfigError, MegakdError
@@ -79,7 +80,7 @@ class Case:
     vocabulary: int = 128256
     dtype: str = "bf16"
 
-    def question(self, device: str, chunk_tokens: int = 4096) -> Question:
+    def question(self, device: str) -> Question:
         """What the search is asked. ADPA's reference is of the teacher's size, DPO's of the student's."""
         objective = METHODS[self.method]
         requires = build_objective(objective).requires
@@ -89,7 +90,8 @@ class Case:
         return Question(
             student, {role: student if self.method == "dpo" else teacher for role in requires.teachers},
             requires.kinds, dict(requires.teacher_kinds), loss_calls(objective, requires),
-            Lengths(self.prompt, self.answer), self.groups, self.world, chunk_tokens, self.dtype, device,
+            Lengths(self.prompt, self.answer), self.groups, self.world,
+            chunk_tokens_on(device, None), self.dtype, device,
             signal=signals[0] if signals else None)
 
 
