@@ -230,7 +230,9 @@ def check(
     errors = {"value": max(_error(rank["value"], right["value"]) for rank in ranks)}
     assert errors["value"] <= tolerance, f"{case}: value is off by {errors['value']:.2e}"
     if case.dtype == torch.bfloat16:
-        tolerance = 2.0**-8  # gradients come in the inputs' dtype
+        # Gradients come in the inputs' dtype. On a GPU the products that they are sums of take 16-bit numbers, too: two
+        # roundings more, of d(logits) and of the weighted hidden states. Emulated on a CPU, up to 2^-7 is seen.
+        tolerance = 2.0**-6 if case.device == "cuda" and case.fused else 2.0**-8
     names = _names(case)
     cut = names[1:] if case.fused else names
     got = {name: torch.cat([rank[name] for rank in ranks], dim=0 if case.fused else 1) for name in cut}
