@@ -35,6 +35,7 @@ class _Module(nn.Module):
     def __init__(self):
         super().__init__()
         self.fp8_meta: dict[str, object] = {}  # base.py:612
+        self.quantizers: dict[str, object] = {"scaling_fwd": {}, "scaling_bwd": {}}
 
     def get_extra_state(self) -> Tensor:
         """base.py:834: nothing without FP8; a state dict has it as `_extra_state`."""
