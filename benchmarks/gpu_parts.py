@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from megakd.mcore.model import Model
     from megakd.mcore.runtime import World
     from megakd.planning.setup import TrainingSetup
-    from tests.mcore.cases import Distillation
+    from tests.mcore.cases import Distillation, Job
 
 ROOT = Path(__file__).parents[1]
 CALLS = 5
@@ -249,8 +249,11 @@ def training(options: Options, recipe: str) -> None:
                  "alone": (SftObjective(), (Kind.CHOSEN,))}
     for name, (objective, kinds) in trainings.items():
         case = distillation(options, options.shapes, objective, kinds, precision)
-        found[name] = measured(options, case, world.device)
+        job, found[name] = measured(options, case, world.device)
         options.write(found)
+        found[name] |= longest_kernels(partial(job.step, 0), world.device)
+        options.write(found)
+        del job
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -306,8 +309,8 @@ def model_flop(setup: TrainingSetup) -> dict[str, float]:
     return flop
 
 
-def measured(options: Options, case: Distillation, device: torch.device) -> dict[str, Any]:
-    """Seconds, tokens, utilisation, memory, losses and the longest kernels of a training; its plan beside them."""
+def measured(options: Options, case: Distillation, device: torch.device) -> tuple[Job, dict[str, Any]]:
+    """A training after its steps; their seconds, tokens, utilisation, memory and losses, its plan beside them."""
     from megakd.planning.cluster import load_cluster
     from megakd.planning.memory import training_memory
     from megakd.planning.timing import training_time
@@ -336,7 +339,7 @@ def measured(options: Options, case: Distillation, device: torch.device) -> dict
     if setup.dtype in cluster.device.rates:
         time = training_time(cluster, setup)
         found |= {"planned_seconds": time.total, "planned_time": dict(time.parts)}
-    return found | longest_kernels(lambda: job.step(0), device)
+    return job, found
 
 
 def longest_kernels(step: Callable[[], Any], device: torch.device, count: int = 25) -> dict[str, Any]:

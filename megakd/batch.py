@@ -13,8 +13,8 @@ loss positions among them (in the order of P), W positions of the whole row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
@@ -98,6 +98,17 @@ class LossPositions:
     within_T: Tensor
     labels_T: Tensor
     kinds_T: Tensor
+    of_kind: Mapping[Kind, Tensor]
+    """Each kind's positions, as numbers in [0, T) (int64), to index by: a mask has the host wait for its device."""
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device. From the host to a GPU it goes by way of pinned memory (which torch's allocator keeps until
+    the copy has ended): otherwise the host would wait for all that the GPU has been given before."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,10 @@ class Batch:
     the step (the same numbers for every role and layout); `group_ids_B` numbers the groups within the micro-batch.
     `prompts_B` and `lengths_B` are the tokens of whole prompts and responses; a response's are its loss positions.
     `scores_B` (float64) are the teacher's scores, NaN where there are none. `draw_log_probs_T` and `returns_T`
-    (float64) are those of `Draw`, at the loss positions; zero where there is none. `context` is the number of ranks
-    that the row is cut over.
+    (float64) are those of `Draw`, at the loss positions; zero where there is none. `positions` are these, in the order
+    that every [T, ...] tensor of this micro-batch has; `of_kind` the sequences of each kind, as numbers in [0, B), in
+    the order of their groups (and within one, of its samples). `groups` is the number of groups, `context` that of the
+    ranks that the row is cut over.
     """
 
     tokens_P: Tensor
@@ -129,22 +142,32 @@ class Batch:
     scores_B: Tensor
     draw_log_probs_T: Tensor
     returns_T: Tensor
+    positions: LossPositions
+    of_kind: Mapping[Kind, Tensor]
+    groups: int
     context: int
 
-    @cached_property
-    def positions(self) -> LossPositions:
-        """The loss positions, in the order that every [T, ...] tensor of this micro-batch has."""
-        (places_T,) = self.loss_mask_P.nonzero(as_tuple=True)
-        rows_T = torch.searchsorted(self.cu_seqlens // self.context, places_T.int(), right=True) - 1
-        within_T = self.position_ids_P[places_T] - (self.prompts_B[rows_T] - 1)
-        return LossPositions(places_T, rows_T, within_T, self.labels_P[places_T], self.kinds_B[rows_T])
+    def to(self, device: torch.device | str) -> Batch:
+        """The micro-batch, which is the host's, on a device (`to_device`)."""
+
+        def moved(value: object) -> object:
+            match value:
+                case Tensor():
+                    return to_device(value, device)
+                case LossPositions():
+                    return replace(value, **{name: moved(own) for name, own in vars(value).items()})
+                case Mapping():
+                    return {kind: moved(own) for kind, own in value.items()}
+            return value
+
+        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def counts(self) -> dict[str, int]:
         """The denominators that this micro-batch adds to: `tokens` and `groups`, and for each kind `<kind>_tokens` and
         `<kind>_answers`, which are sequences. Of the whole sequences, on every context rank."""
         counts = {f"{kind.name.lower()}_tokens": int(self.lengths_B[self.kinds_B == kind].sum()) for kind in Kind}
         counts |= {f"{kind.name.lower()}_answers": int((self.kinds_B == kind).sum()) for kind in Kind}
-        return {"tokens": int(self.lengths_B.sum()), "groups": int(self.group_ids_B.max()) + 1, **counts}
+        return {"tokens": int(self.lengths_B.sum()), "groups": self.groups, **counts}
 
 
 Table = Sequence[Sequence[Sequence[int]]]
@@ -304,12 +327,28 @@ def collate(
                        for start, length in zip(cu_seqlens, lengths, strict=False) for part in padding.own(length)])
     packed = [tensor_W[own_P] for tensor_W in (tokens_W, labels_W, loss_mask_W, position_ids_W)]
     draws_2T = draws_2W[:, own_P][:, packed[2]]
-    integers = [[int(sample.kind) for sample, _, _ in flat], [i for _, _, i in flat], [number for _, number, _ in flat],
-                [sample.prompt_length for sample, _, _ in flat], [sample.response_length for sample, _, _ in flat]]
-    scores_B = torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64)
-    tensors = [*packed, torch.tensor(cu_seqlens, dtype=torch.int32), *map(torch.tensor, integers), scores_B, *draws_2T]
-    tokens_P, labels_P, loss_mask_P, position_ids_P, starts, *others = (tensor.to(device) for tensor in tensors)
-    return Batch(tokens_P, labels_P, loss_mask_P, position_ids_P, starts, max(lengths), *others, padding.context)
+    tokens_P, labels_P, loss_mask_P, position_ids_P = packed
+    kinds = [int(sample.kind) for sample, _, _ in flat]
+    kinds_B, prompts_B = torch.tensor(kinds), torch.tensor([sample.prompt_length for sample, _, _ in flat])
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32)
+    # All of it is made here, on the host: made on a device it would have the host wait for what was launched before.
+    (places_T,) = loss_mask_P.nonzero(as_tuple=True)
+    rows_T = torch.searchsorted(starts // padding.context, places_T.int(), right=True) - 1
+    within_T = position_ids_P[places_T] - (prompts_B[rows_T] - 1)
+    kinds_T = kinds_B[rows_T]
+    positions = LossPositions(places_T, rows_T, within_T, labels_P[places_T], kinds_T, _by_kind(kinds_T))
+    return Batch(
+        tokens_P, labels_P, loss_mask_P, position_ids_P, starts, max(lengths), kinds_B,
+        torch.tensor([number for _, _, number in flat]), torch.tensor([group for _, group, _ in flat]), prompts_B,
+        torch.tensor([sample.response_length for sample, _, _ in flat]),
+        torch.tensor([sample.score for sample, _, _ in flat], dtype=torch.float64), *draws_2T, positions,
+        _by_kind(kinds_B), len(groups), padding.context,
+    ).to(device)
+
+
+def _by_kind(kinds_N: Tensor) -> dict[Kind, Tensor]:
+    """Where each kind is among some."""
+    return {kind: (kinds_N == kind).nonzero()[:, 0] for kind in Kind}
 
 
 @dataclass(frozen=True)

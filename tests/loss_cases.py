@@ -230,7 +230,13 @@ def check(
     errors = {"value": max(_error(rank["value"], right["value"]) for rank in ranks)}
     assert errors["value"] <= tolerance, f"{case}: value is off by {errors['value']:.2e}"
     if case.dtype == torch.bfloat16:
-        tolerance = 2.0**-8  # gradients come in the inputs' dtype
+        # Gradients come in the inputs' dtype. On a GPU the products that they are sums of take 16-bit numbers, too: two
+        # roundings more, of d(logits) and of the weighted hidden states. Emulated on a CPU, up to 2^-7 is seen.
+        tolerance = 2.0**-6 if case.device == "cuda" and case.fused else 2.0**-8
+    elif case.dtype == torch.float32 and case.vocab > 2**16:
+        # d(hidden) is a sum over the vocabulary whose terms nearly cancel: at 128,256 of them a CPU's float32 is off by
+        # 2e-5 (advantage) to 1.8e-4 (akl).
+        tolerance = max(tolerance, 5e-4)
     names = _names(case)
     cut = names[1:] if case.fused else names
     got = {name: torch.cat([rank[name] for rank in ranks], dim=0 if case.fused else 1) for name in cut}

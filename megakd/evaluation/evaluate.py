@@ -194,10 +194,10 @@ def _given_values(
     log_probs_T = fused_token_log_probs(student.hidden_TH, student.head_VH, positions.labels_T, **arguments)
     if not teachers:
         return {"log_prob": log_probs_T}
-    chosen_T = positions.kinds_T == Kind.CHOSEN
+    places_N = positions.of_kind[Kind.CHOSEN]
     kl_T = torch.zeros_like(log_probs_T)
-    kl_T[chosen_T] = _divergence(
-        "forward_kl", RoleOutput(student.hidden_TH[chosen_T], student.head_VH), teachers["teacher"], arguments
+    kl_T[places_N] = _divergence(
+        "forward_kl", RoleOutput(student.hidden_TH[places_N], student.head_VH), teachers["teacher"], arguments
     )
     return {"log_prob": log_probs_T, "kl": kl_T}
 

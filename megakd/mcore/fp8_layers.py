@@ -137,11 +137,13 @@ def amax_states(chunk: nn.Module, config: TransformerConfig) -> dict[str, Tensor
 
     They are part of what a training is: without them a resumed one would round otherwise.
     """
+    # "delayed" is also what megatron-core's configuration says where there is no FP8.
+    delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
     states: dict[str, Tensor] = {}
     for name, module in chunk.named_modules():
         if isinstance(module, AmaxHistory):
             states |= {f"{name}.{buffer}": values for buffer, values in module.named_buffers()}
-        elif isinstance(module, fp8_utils.TE_LINEAR_TYPES) and config.fp8_recipe == "delayed":
+        elif delayed and isinstance(module, fp8_utils.TE_LINEAR_TYPES):
             for operands, key in OPERANDS.items():
                 states[f"{name}.{operands}_scale"] = module.fp8_meta[key].scale
                 states[f"{name}.{operands}_history"] = module.fp8_meta[key].amax_history

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as base_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch.overrides import TorchFunctionMode
 
 from megakd import gpus
@@ -74,8 +78,25 @@ def enable_cpu() -> None:
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
+    _take_torchs_optimizer()
     _cpu_mode = _CudaMeansCpu()
     _cpu_mode.__enter__()
+
+
+def _take_torchs_optimizer() -> None:
+    """Has megatron-core's optimizer use what it uses where neither Transformer Engine nor apex is installed.
+
+    It chooses at its import, by what is installed alone: on a machine with GPUs their kernels, which take no memory of
+    the host's. Each module has names of its own.
+    """
+    core = megatron.core.optimizer
+    core.Adam, core.SGD, core.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (base_optimizer, clip_grads):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = local_multi_tensor_scale
+    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
 
 
 def start(device: str, *, timeout: timedelta = timedelta(minutes=30), traces: Path | None = None) -> World:

@@ -106,7 +106,7 @@ def forward_backward(
         student = RoleOutput(select_positions(model, hidden_SBH, batch), model.head_VH)
         terms = objective.loss(student, signals, batch, context)
         loss = _weighted_sum(terms, context) if terms.loss is None else terms.loss
-        tokens = torch.tensor(batch.positions.labels_T.numel(), dtype=torch.int, device=hidden_SBH.device)
+        tokens = torch.full((), batch.positions.labels_T.numel(), dtype=torch.int, device=hidden_SBH.device)
         return loss, tokens, _sums(terms, context)
 
     items = list(zip(batches, teachers if teachers is not None else [{}] * len(batches), strict=True))

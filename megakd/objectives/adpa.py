@@ -41,7 +41,7 @@ class Adpa:
         self, student: RoleOutput, teachers: dict[str, TeacherOutput], batch: Batch, context: LossContext
     ) -> LossTerms:
         """Terms `expected_advantage`, and `nll` unless its weight is 0; with `top_k` the metric `top_k_mass`."""
-        rollout_NH = student.hidden_TH[batch.positions.kinds_T == Kind.ROLLOUT]
+        rollout_NH = student.hidden_TH[batch.positions.of_kind[Kind.ROLLOUT]]
         advantage_N, metrics = self._advantage(RoleOutput(rollout_NH, student.head_VH), teachers, context)
         terms = [Term("expected_advantage", advantage_N, -self.config.gamma, "rollout_tokens")]
         if self.config.sft_weight > 0:

@@ -201,9 +201,3 @@ class SequenceScores:
     def means_N(self) -> Tensor:
         """Log-probability a token."""
         return self.sums_N / self.lengths_N
-
-
-def rows_of_kind(batch: Batch, kind: Kind) -> Tensor:
-    """Which sequences of a micro-batch are of a kind, in the order of their groups (and within one, of its samples)."""
-    rows_N = (batch.kinds_B == kind).nonzero()[:, 0]
-    return rows_N[batch.group_ids_B[rows_N].argsort(stable=True)]

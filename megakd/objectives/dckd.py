@@ -31,11 +31,14 @@ class Dckd:
     ) -> LossTerms:
         """Terms `kl_chosen` and `kl_rejected`, and `nll` unless its weight is 0, in one pass of the heads."""
         teacher, config = teachers[self.config.teacher], self.config
-        chosen_T = batch.positions.kinds_T == Kind.CHOSEN
+        chosen_T, of_kind = batch.positions.kinds_T == Kind.CHOSEN, batch.positions.of_kind
         kl = [context.factor(config.alpha, f"{kind}_tokens") for kind in ("rejected", "chosen")]
         log_prob = [0.0, -context.factor(config.sft_weight, "chosen_tokens")]
-        weights_WT = student.hidden_TH.new_tensor([kl, log_prob], dtype=torch.float64)[:, chosen_T.long()]
-        weights = {"divergence_weights_T": weights_WT[0], "log_prob_weights_T": weights_WT[1]}
+        weights = {
+            name: torch.full(chosen_T.shape, of_rejected, dtype=torch.float64, device=chosen_T.device)
+            .masked_fill_(chosen_T, of_chosen)
+            for name, (of_rejected, of_chosen) in (("divergence_weights_T", kl), ("log_prob_weights_T", log_prob))
+        }
         if config.top_k is None:
             loss, kl_T, log_probs_T = fused_distillation(
                 "forward_kl", student.hidden_TH, student.head_VH, teacher.hidden_TH, teacher.head_VH,
@@ -47,9 +50,9 @@ class Dckd:
                 released=config.released, **weights, **context.arguments(),
             )
         terms = [
-            Term("kl_chosen", kl_T[chosen_T], config.alpha, "chosen_tokens"),
-            Term("kl_rejected", kl_T[~chosen_T], config.alpha, "rejected_tokens"),
+            Term("kl_chosen", kl_T[of_kind[Kind.CHOSEN]], config.alpha, "chosen_tokens"),
+            Term("kl_rejected", kl_T[of_kind[Kind.REJECTED]], config.alpha, "rejected_tokens"),
         ]
         if config.sft_weight > 0:
-            terms.append(nll_term(log_probs_T[chosen_T], weight=config.sft_weight))
+            terms.append(nll_term(log_probs_T[of_kind[Kind.CHOSEN]], weight=config.sft_weight))
         return LossTerms(tuple(terms), loss=loss)

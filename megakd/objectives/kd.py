@@ -38,7 +38,7 @@ class Kd:
         nll_weight, denominator = 1.0 - config.weight, f"{self.answers.name.lower()}_tokens"
         weights_WT = torch.zeros(2, len(given_T), dtype=torch.float64, device=given_T.device)
         weights_WT[0] = context.factor(config.weight, "tokens")
-        weights_WT[1, given_T] = -context.factor(nll_weight, denominator)
+        weights_WT[1].masked_fill_(given_T, -context.factor(nll_weight, denominator))
         weights = {"divergence_weights_T": weights_WT[0], "log_prob_weights_T": weights_WT[1]}
         if config.top_k is None:
             loss, divergence_T, log_probs_T = fused_distillation(
@@ -53,5 +53,5 @@ class Kd:
             )
         terms = [Term(config.divergence, divergence_T, config.weight, "tokens")]
         if nll_weight > 0:
-            terms.append(nll_term(log_probs_T[given_T], weight=nll_weight, kind=self.answers))
+            terms.append(nll_term(log_probs_T[positions.of_kind[self.answers]], weight=nll_weight, kind=self.answers))
         return LossTerms(tuple(terms), loss=loss)

@@ -34,14 +34,14 @@ class MiniLlm:
     ) -> LossTerms:
         """Terms `policy_gradient` and `reverse_kl`, and `nll` unless its weight is 0."""
         config, teacher = self.config, teachers["teacher"]
-        rollout_T = batch.positions.kinds_T == Kind.ROLLOUT
-        hidden_NH = student.hidden_TH[rollout_T]
+        places_N = batch.positions.of_kind[Kind.ROLLOUT]
+        hidden_NH = student.hidden_TH[places_N]
         # recompute: the weight of a token depends on its own probability.
         log_probs_N = fused_token_log_probs(
-            hidden_NH, student.head_VH, batch.positions.labels_T[rollout_T], recompute=True, **context.arguments()
+            hidden_NH, student.head_VH, batch.positions.labels_T[places_N], recompute=True, **context.arguments()
         )
         policy_N = clipped_policy_gradient(
-            log_probs_N, batch.draw_log_probs_T[rollout_T], batch.returns_T[rollout_T], clip=config.clip
+            log_probs_N, batch.draw_log_probs_T[places_N], batch.returns_T[places_N], clip=config.clip
         )
         reverse_kl_N = fused_divergence(
             "reverse_kl", hidden_NH, student.head_VH, teacher.hidden_TH, teacher.head_VH, **context.arguments()

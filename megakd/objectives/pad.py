@@ -20,7 +20,6 @@ from megakd.objectives.base import (
     SequenceScores,
     TeacherOutput,
     Term,
-    rows_of_kind,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ class Pad:
         log_probs_T = fused_token_log_probs(
             student.hidden_TH, student.head_VH, positions.labels_T, recompute=True, **context.arguments()
         )
-        order_B = rows_of_kind(batch, Kind.ROLLOUT)
-        groups = int(batch.group_ids_B.max()) + 1
+        order_B, groups = batch.of_kind[Kind.ROLLOUT], batch.groups
         student_NG = SequenceScores.of(log_probs_T, batch, context).at(order_B).means_N.view(groups, -1)
         teacher_NG = batch.scores_B[order_B].view(groups, -1)
         agreed_N = student_NG.detach().argmax(1) == teacher_NG.argmax(1)

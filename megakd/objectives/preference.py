@@ -23,7 +23,6 @@ from megakd.objectives.base import (
     SequenceScores,
     TeacherOutput,
     Term,
-    rows_of_kind,
 )
 from megakd.objectives.sft import ANSWERS, nll_term
 
@@ -84,19 +83,19 @@ class Preference:
         )
         reference_T = None
         for role in self.requires.teachers:
-            in_pair_T = (positions.kinds_T == self.better) | (positions.kinds_T == self.worse)
+            # In the order of the positions, as the reference's rows are.
+            places_N = torch.cat([positions.of_kind[kind] for kind in (self.better, self.worse)]).sort().values
             reference_T = torch.zeros_like(log_probs_T)
             with torch.no_grad():
-                reference_T[in_pair_T] = teachers[role].token_log_probs(positions.labels_T[in_pair_T], context)
+                reference_T[places_N] = teachers[role].token_log_probs(positions.labels_T[places_N], context)
         scores = SequenceScores.of(log_probs_T, batch, context)
         references = None if reference_T is None else SequenceScores.of(reference_T, batch, context)
-        better, worse = (self._answers(rows_of_kind(batch, kind), scores, references)
-                         for kind in (self.better, self.worse))
+        better, worse = (self._answers(batch.of_kind[kind], scores, references) for kind in (self.better, self.worse))
         values_P, margins_P = self._values(better, worse)
         margins_P = margins_P.detach()
         terms = [Term(self.form, values_P, 1.0, self.denominator)]
         if self.has_nll:
-            log_probs_N = log_probs_T[positions.kinds_T == self.lm_kind]
+            log_probs_N = log_probs_T[positions.of_kind[self.lm_kind]]
             terms.append(nll_term(log_probs_N, weight=self.sft_weight, kind=self.lm_kind))
         return LossTerms(
             tuple(terms),

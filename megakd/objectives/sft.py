@@ -36,8 +36,8 @@ class Sft:
 
 def answer_log_probs(student: RoleOutput, batch: Batch, context: LossContext, kind: Kind) -> Tensor:
     """Log-probabilities [N] of the tokens of a kind of answers."""
-    wanted_T = batch.positions.kinds_T == kind
-    hidden_NH, labels_N = student.hidden_TH[wanted_T], batch.positions.labels_T[wanted_T]
+    places_N = batch.positions.of_kind[kind]
+    hidden_NH, labels_N = student.hidden_TH[places_N], batch.positions.labels_T[places_N]
     return fused_token_log_probs(hidden_NH, student.head_VH, labels_N, **context.arguments())
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megakd.batch import to_device
+
 
 class KVCache:
     """Keys and values of the layers that one rank holds.
@@ -70,8 +72,8 @@ class KVCache:
         first, last = int(slots_B.min()), int(slots_B.max())
         if first < 0 or last >= self.slots:
             raise ValueError(f"slots {first}..{last} are outside a cache of {self.slots} slots")
-        self._slots_B1 = slots_B.to(self.device)[:, None]
-        self._positions_BS = position_ids_BS.to(self.device)
+        self._slots_B1 = to_device(slots_B, self.device)[:, None]
+        self._positions_BS = to_device(position_ids_BS, self.device)
         # Consecutive slots are read as a view; others have to be copied together.
         consecutive = torch.equal(slots_B, torch.arange(first, first + rows, device=slots_B.device))
         self._rows = slice(first, first + rows) if consecutive else self._slots_B1[:, 0]

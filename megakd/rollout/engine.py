@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.batch import to_device
 from megakd.errors import ConfigError, ModelError
 from megakd.rollout.cache import KVCache
 from megakd.rollout.ring import Decoder, Pass, Ring
@@ -210,7 +211,7 @@ class _Run:
         """Token and log-probability for each receiver, the same on every rank."""
         device = step.forward.cache.device
         if self.decoder.stage == self.decoder.stages - 1:
-            numbers, columns = torch.tensor(step.places, device=device).unbind(1)
+            numbers, columns = to_device(torch.tensor(step.places), device).unbind(1)
             tokens_B, log_probs_B = self._sample(step.forward.hidden_SBH[columns, numbers], step.rows)
             drawn_2B = torch.stack([tokens_B.double(), log_probs_B.double()])  # float64 holds both exactly
         else:
@@ -221,8 +222,8 @@ class _Run:
 
     def _sample(self, hidden_BH: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """tokens_B and log_probs_B of the rows' next tokens."""
-        ids_B, indices_B, steps_B = torch.tensor(
-            [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=hidden_BH.device).unbind(1)
+        numbers_B3 = torch.tensor([(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows])
+        ids_B, indices_B, steps_B = to_device(numbers_B3, hidden_BH.device).unbind(1)
         keys_B = noise_keys(self.sampling.seed, ids_B, indices_B, steps_B)
         return sample(logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B,
                       tp_group=self.decoder.tp_group, vocab_size=self.decoder.vocab_size)
@@ -310,7 +311,7 @@ class _Company:
         the response in slot `receivers[i]`."""
         device = self.cache.device
         self.cache.begin(torch.tensor(slots), positions_BS)
-        forward = Pass(tokens_BS.to(device), positions_BS.to(device), self.cache)
+        forward = Pass(to_device(tokens_BS, device), to_device(positions_BS, device), self.cache)
         return _Step(forward, [self.rows[slot] for slot in receivers], receivers, places)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.batch import to_device
 from megakd.errors import ModelError
 from megakd.mcore.model import Model, PipelineDecoder, evaluating
 from megakd.rollout.engine import Prompt, Rollout, Row, logits
@@ -63,10 +64,10 @@ class _Side:
         tokens_BS, positions_BS, last_B = self._input(rows)
         self.cache.begin(torch.tensor(slots), positions_BS)
         device = self.cache.device
-        hidden_SBH = self.ring.whole(Pass(tokens_BS.to(device), positions_BS.to(device), self.cache))
+        hidden_SBH = self.ring.whole(Pass(to_device(tokens_BS, device), to_device(positions_BS, device), self.cache))
         if hidden_SBH is None:
             return
-        hidden_BH = hidden_SBH[last_B.to(device), torch.arange(len(rows), device=device)]
+        hidden_BH = hidden_SBH[to_device(last_B, device), torch.arange(len(rows), device=device)]
         keys_B = _keys(self.sampling.seed, self.stream, rows, device)
         tokens_B, log_probs_B = sample(
             logits(hidden_BH, self.decoder.head_VH), self.sampling, keys_B, tp_group=self.decoder.tp_group,
@@ -162,7 +163,6 @@ def _receive(row: _Row, source: int, token: float, log_prob: float, sampling: Sa
 
 def _keys(seed: int, stream: int, rows: Sequence[_Row], device: torch.device) -> Tensor:
     """Keys [B] of the noise of the rows' next tokens, in one of the streams."""
-    ids_B, indices_B, steps_B = torch.tensor(
-        [(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows], device=device
-    ).unbind(1)
+    numbers_B3 = torch.tensor([(row.prompt.sample_id, row.index, len(row.tokens)) for row in rows])
+    ids_B, indices_B, steps_B = to_device(numbers_B3, device).unbind(1)
     return noise_keys(seed + (stream << 60), ids_B, indices_B, steps_B)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.batch import Group, Kind, Padding, Table
+from megakd.batch import Group, Kind, Padding, Table, to_device
 from megakd.layout import Layout
 
 Shares = Sequence[Sequence[Sequence[range]]]
@@ -323,4 +323,4 @@ def _gather(route: Route, student_copy: int, own_RK: Tensor, tp_group: dist.Proc
     nothing = torch.empty(0, dtype=torch.int64)
     order = [torch.cat([nothing, *(places[segment] for segment in segments)])
              for segments in route.student_segments[student_copy]]
-    return [gathered_RK.index_select(0, places_T.to(own_RK.device)) for places_T in order]
+    return [gathered_RK.index_select(0, to_device(places_T, own_RK.device)) for places_T in order]

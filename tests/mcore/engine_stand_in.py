@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import utils
+from megatron.core import fp8_utils, utils
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ _BUILT_ON_IT = ("megatron.core.extensions.transformer_engine",
 
 class _Module(nn.Module):
     """pytorch/module/base.py, TransformerEngineBaseModule."""
+
+    def __init__(self):
+        super().__init__()
+        self.fp8_meta: dict[str, object] = {}  # base.py:612
+        self.quantizers: dict[str, object] = {"scaling_fwd": {}, "scaling_bwd": {}}
 
     def get_extra_state(self) -> Tensor:
         """base.py:834: nothing without FP8; a state dict has it as `_extra_state`."""
@@ -297,11 +302,14 @@ def transformer_engine() -> Iterator[None]:
     sys.modules.update(stand_ins)
     try:
         with mock.patch.object(utils, "_te_version", None):
-            specs, wrappers = (importlib.import_module(_BUILT_ON_IT[number]) for number in (-1, 0))
+            wrappers, _, specs = map(importlib.import_module, _BUILT_ON_IT)
+            linears = (wrappers.TEColumnParallelLinear, wrappers.TERowParallelLinear,
+                       wrappers.TELayerNormColumnParallelLinear)
             with (mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", wrappers.fused_apply_rotary_pos_emb),
                   mock.patch.object(torch.cuda, "Stream", object),  # megatron-core makes one for context parallelism
                   mock.patch.object(layers, "get_gpt_layer_with_transformer_engine_spec",
                                     specs.get_gpt_layer_with_transformer_engine_spec),
+                  mock.patch.object(fp8_utils, "TE_LINEAR_TYPES", linears),
                   mock.patch.object(model, "spec_of", lambda *_, **__: "te")):
                 yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -198,7 +199,8 @@ def test_delayed_scaling_s_states_are_those_of_transformer_engine_s_linears(engi
     states["decoder.layers.0.0.backward_scale"].fill_(5.0)
     assert engine_chunk.decoder.layers[0][0].fp8_meta["scaling_bwd"].scale.tolist() == [5.0] * 3
     assert amax_states(engine_chunk, config_of("tensorwise", trained=True)) == {}
-
+    # megatron-core's configuration says "delayed" without FP8, too.
+    assert amax_states(engine_chunk, replace(config, fp8=None)) == {}
 
 SIZES = Architecture(
     family="llama", hidden_size=64, layers=4, heads=8, kv_heads=4, head_dim=8, ffn_size=128, vocab_size=300,
@@ -209,7 +211,6 @@ def config_of(recipe: str, *, trained: bool, **settings: object):
     precision = Precision(dtype="fp8", fp8_recipe=recipe, **settings)
     shards = stage_shards(SIZES, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, spec="te")
     return transformer_config(SIZES, Parallel(), shards, "none", precision, torch.device("cpu"), trained=trained)
-
 
 @pytest.mark.parametrize("recipe, trained, expected", [
     ("tensorwise", True, ("hybrid", "tensorwise")), ("delayed", True, ("hybrid", "delayed")),

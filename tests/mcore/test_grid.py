@@ -1,4 +1,5 @@
-"""A grid's groups have the ranks that their axes say, whichever way they are made."""
+"""A grid's groups have the ranks that their axes say, whichever way they are made; and what a process without GPUs has
+of megatron-core where there are some."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import optimizer, parallel_state
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as base_optimizer
 from torch.distributed.distributed_c10d import _world
 
 from megakd.layout import Layout
@@ -63,3 +66,17 @@ def test_groups_of_a_layout(layout, made, collide):
         assert ranks["pos_embd"] == ([rank] if at.pipeline == 0 else None)
         assert all(total == sum(ranks[name]) for name, total in sums.items())
         assert count == made
+
+
+def test_on_the_cpu_megatron_core_takes_torchs_optimizer_whatever_is_installed(monkeypatch):
+    chosen = [(module, name, getattr(module, name)) for module, names in (
+        (optimizer, ("Adam", "SGD", "USING_PYTORCH_OPTIMIZER")),
+        (distrib_optimizer, ("Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")),
+        (base_optimizer, ("multi_tensor_applier", "multi_tensor_scale_impl")),
+        (clip_grads, ("multi_tensor_applier", "multi_tensor_scale_impl", "l2_norm_impl"))) for name in names]
+    assert optimizer.USING_PYTORCH_OPTIMIZER, "Transformer Engine or apex is here: its own choice is no reference"
+    for module, name, _ in chosen:
+        monkeypatch.setattr(module, name, "a kernel for GPUs")
+    runtime._take_torchs_optimizer()
+    for module, name, right in chosen:
+        assert getattr(module, name) is right, f"{module.__name__}.{name}"
