@@ -52,6 +52,8 @@ class Case:
     """`fused_distillation` of the divergence."""
     device: str = "cpu"
     """Where the loss is taken; the reference is taken on the CPU."""
+    widths: tuple[int, ...] = WIDTHS
+    """Of the models' hidden states, where `fused`."""
     label: str = ""
 
     def __str__(self):
@@ -97,11 +99,19 @@ def variants(loss: str, fused: bool) -> list[Case]:
     return found
 
 
+def wide(loss: str, **changes: object) -> Case:
+    """As many columns as a large vocabulary has. Hidden states are wider than elsewhere, and chunks should have four
+    rows: MKL's float32 product over 128,256 columns is itself off by 1e-4 where it makes 8 numbers a row, by 3e-5 where
+    it makes two rows, and by 1e-6 where both are more."""
+    return replace(Case(loss, True, vocab=128256, columns=128384, equal_weights=True, widths=(32, 20, 40), scale=0.5,
+                        label="wide"), **changes)
+
+
 def inputs(case: Case) -> dict[str, list[torch.Tensor] | torch.Tensor]:
     """Whole tensors of a case: for each model [hidden, head] or [logits], labels and the weights of the tokens."""
     generator = torch.Generator().manual_seed(1234)
     models = []
-    for place, width in enumerate(WIDTHS[: SIZES.get(case.loss, 2)]):
+    for place, width in enumerate(case.widths[: SIZES.get(case.loss, 2)]):
         columns = case.columns if place == 0 or case.teacher_columns is None else case.teacher_columns
         shapes = [(case.tokens, width), (columns, width)] if case.fused else [(case.tokens, columns)]
         tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -233,10 +243,6 @@ def check(
         # Gradients come in the inputs' dtype. On a GPU the products that they are sums of take 16-bit numbers, too: two
         # roundings more, of d(logits) and of the weighted hidden states. Emulated on a CPU, up to 2^-7 is seen.
         tolerance = 2.0**-6 if case.device == "cuda" and case.fused else 2.0**-8
-    elif case.dtype == torch.float32 and case.vocab > 2**16:
-        # d(hidden) is a sum over the vocabulary whose terms nearly cancel: at 128,256 of them a CPU's float32 is off by
-        # 2e-5 (advantage) to 1.8e-4 (akl).
-        tolerance = max(tolerance, 5e-4)
     names = _names(case)
     cut = names[1:] if case.fused else names
     got = {name: torch.cat([rank[name] for rank in ranks], dim=0 if case.fused else 1) for name in cut}

@@ -95,8 +95,7 @@ def test_losses_are_the_reference(device):
     cases = [replace(case, device=device) for loss in (loss_cases.LOSSES if device == "cuda" else ("jsd",))
              for fused in (False, True) for case in loss_cases.variants(loss, fused)]
     if device == "cuda":  # as wide as a vocabulary
-        cases += [loss_cases.Case(loss, True, tokens=70, vocab=128256, columns=128384, chunk=64, equal_weights=True,
-                                  dtype=dtype, device=device, label="wide")
+        cases += [loss_cases.wide(loss, tokens=70, chunk=64, dtype=dtype, device=device)
                   for loss in loss_cases.LOSSES for dtype in (torch.float32, torch.bfloat16)]
     for case, found in zip(cases, run_ranks(1, _losses, cases, device=device, timeout=600)[0], strict=True):
         loss_cases.check(case, [found])

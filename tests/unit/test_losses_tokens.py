@@ -29,6 +29,12 @@ def test_values_and_gradients(loss, fused):
             loss_cases.check(replace(case, chunk=chunk), [loss_cases.run(replace(case, chunk=chunk))])
 
 
+@pytest.mark.parametrize("loss", loss_cases.LOSSES)
+def test_a_vocabulary_of_128_256(loss):
+    case = loss_cases.wide(loss, tokens=8, chunk=4)
+    loss_cases.check(case, [loss_cases.run(case)])
+
+
 @st.composite
 def cases(draw):
     """Any shapes, masks, chunks, temperatures and ways to make logits."""
