@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.batch import Kind
+from megakd.chunks import chunk_tokens_on
 from megakd.config import Parallel
 from megakd.disk import write_json_atomic
 from megakd.hf.families import Architecture
@@ -77,7 +78,8 @@ def planned(name: str) -> dict:
     cluster = cluster_named("h100")
     role = RoleSetup(architecture, parallel, world, 1)
     work = work_of_lengths(Lengths(0, SEQUENCE), (Kind.CHOSEN,), batch, {"student": role.layout}, {"student": 1}, {})
-    setup = TrainingSetup(role, {}, (LossCall(1, 2, (Kind.CHOSEN,), "forward"),), work, 1024, dtype, "cuda")
+    setup = TrainingSetup(role, {}, (LossCall(1, 2, (Kind.CHOSEN,), "forward"),), work,
+                          chunk_tokens_on("cuda", None), dtype, "cuda")
     row = {"name": name, "published": published}
     hidden = cluster.model_copy(update={"overlap": Overlap(**cluster.overlap.model_dump() | {"tensor": 0.8})})
     for key, described in (("megakd", cluster), ("hidden", hidden)):

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megakd.chunks import chunk_tokens_on
 from megakd.config_objectives import AdpaObjective
 from megakd.disk import write_json_atomic
 from megakd.objectives import build_objective
@@ -65,7 +66,7 @@ def best(pair: str, cluster: str, gpus: int) -> Candidate | None:
     requires = build_objective(objective).requires
     question = Question(
         student, dict.fromkeys(requires.teachers, teacher), requires.kinds, requires.teacher_kinds,
-        loss_calls(objective, requires), LENGTHS, BATCHES[gpus], gpus, 2048, "bf16", "cuda",
+        loss_calls(objective, requires), LENGTHS, BATCHES[gpus], gpus, chunk_tokens_on("cuda", None), "bf16", "cuda",
     )
     for placement in (BESIDE, BEFORE):
         if found := search(question, cluster_named(cluster), Limits(placements=(placement,), best=1)):
