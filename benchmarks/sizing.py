@@ -77,8 +77,9 @@ def best(pair: str, cluster: str, gpus: int) -> Candidate | None:
 def line_of(pair: str, cluster: str, gpus: int, found: Candidate) -> str:
     """A row of the table."""
     setup = found.setup
-    teachers = {layout_text(teacher) for teacher in setup.teachers.values()}
-    teachers |= {f"beforehand, {layout_text(scoring.setup)}" for scoring in found.scoring.values()}
+    teachers = dict.fromkeys([
+        *map(layout_text, setup.teachers.values()),
+        *(f"beforehand, {layout_text(scoring.setup)}" for scoring in found.scoring.values())])
     hours = found.seconds / setup.work.tokens * 1e9 * gpus / 3600
     rate = setup.work.tokens / found.seconds / gpus
     return (f"| {pair} | {gpus} {cluster.upper()} | {BATCHES[gpus]} | {layout_text(setup.trained)} "
