@@ -1,8 +1,8 @@
 """Memory, messages and time of stages that train nothing: answers that a model generates, and answers that it scores.
 
 Both follow the code that does it: `rollout/engine.py` with `rollout/cache.py` and `rollout/sampling.py`, and
-`teacher/scoring.py`. Memory and messages are held to it by tests/mcore/test_planning_inference.py; the times are
-arithmetic that has not been compared with a clock.
+`teacher/scoring.py`. Memory and messages are held to it by tests/mcore/test_planning_inference.py. How far the
+times of generating are from a clock's is in benchmarks/results/rollouts; those of scoring have not been compared.
 
 How slots drain. A replica has N answers of m tokens in the mean, the longest of l, and s slots in all (N where that is
 less): those of a pass for each of its pipeline stages. A free slot is given to the next answer, so the slots stay full
