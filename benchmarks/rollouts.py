@@ -25,7 +25,8 @@ from benchmarks.record_run import machine
 from megakd.config import Parallel
 from megakd.disk import write_json_atomic
 from megakd.hf.families import Architecture
-from megakd.mcore.model import PipelineDecoder, freeze
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import freeze
 from megakd.planning.inference import Generation, generation_time
 from megakd.planning.setup import RoleSetup
 from megakd.planning.work import Lengths

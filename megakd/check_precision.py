@@ -59,7 +59,7 @@ def check_backend(recipe: Recipe, world: int) -> None:
         _check_capability(recipe.precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
     if recipe.precision.dtype != "fp32" and not emulated:
         _check_attention(torch.cuda.get_device_capability())
-    if recipe.teacher.cuda_graphs or recipe.reference.cuda_graphs:
+    if any(role.cuda_graphs or role.decode_graphs for role in (recipe.student, recipe.teacher, recipe.reference)):
         gpus.check_graph_memory(os.environ)
     gpus.check_gpus(os.environ, gpus.ranks_here(os.environ, world), torch.cuda.device_count())
 

@@ -68,6 +68,9 @@ class Role(Section):
     graph_tokens: int = Field(256, ge=1)
     """With `cuda_graphs`, what rows are filled up to a multiple of; beyond 16 multiples to fewer sizes, an eighth apart
     at most. Smaller: less filling, more recordings."""
+    decode_graphs: bool = False
+    """Records the forward passes of this role's models that decode answers, one token of each row, once for each number
+    of rows and positions (docs/cluster.md), and replays them."""
 
     def cut(self, *, trained: bool) -> Parallel:
         """How its model is cut where it is trained, or where it only runs forward."""

@@ -71,10 +71,12 @@ def _check_delayed(recipe: Recipe) -> None:
 
 
 def check_graphs(recipe: Recipe) -> None:
-    """Checks of `cuda_graphs` what holds without knowing the machine. Raises ConfigError."""
+    """Checks of `cuda_graphs` and `decode_graphs` what holds without knowing the machine. Raises ConfigError."""
     precision = recipe.precision
     for name in ("student", "teacher", "reference"):
         role = recipe.role(name)
+        if role.decode_graphs:
+            _check_decode_graphs(recipe, name)
         field = f"{name}.cuda_graphs"
         if not role.cuda_graphs:
             if role.graph_tokens != type(role).model_fields["graph_tokens"].default:
@@ -100,3 +102,14 @@ def check_graphs(recipe: Recipe) -> None:
                     "GPU, on which an interleaved pipeline has sends under way")
             raise ConfigError(field, True, rule,
                               f"Leave it out, or write {name}.parallel.virtual_pipeline=1")
+
+
+def _check_decode_graphs(recipe: Recipe, name: str) -> None:
+    field = f"{name}.decode_graphs"
+    if recipe.device != "cuda":
+        raise ConfigError(field, True, f"device is {recipe.device!r}, which has no CUDA graphs",
+                          "Leave it out, or write device: cuda")
+    trained = any(isinstance(stage, TrainStage) and stage.trains == name for stage in recipe.stages)
+    if trained and recipe.precision.dtype == "fp8" and recipe.precision.fp8_recipe == "delayed":
+        raise ConfigError(field, True, "the layers of a model that trains keep histories with delayed scaling, which a "
+                          "recorded pass would write and nobody reduce", "Leave it out, or take another fp8_recipe")

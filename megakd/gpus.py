@@ -68,7 +68,8 @@ def check_graph_memory(environment: Mapping[str, str]) -> None:
         value = environment.get(name, "")
         if "expandable_segments:True" in value and environment.get("NCCL_GRAPH_REGISTER") != "0":
             raise ConfigError(name, value, "with expandable segments NCCL must not register the memory of CUDA graphs "
-                              "(cuda_graphs)", "Set NCCL_GRAPH_REGISTER=0, or leave expandable_segments out")
+                              "(cuda_graphs and decode_graphs of roles)",
+                              "Set NCCL_GRAPH_REGISTER=0, or leave expandable_segments out")
 
 
 def ranks_here(environment: Mapping[str, str], world: int) -> int:

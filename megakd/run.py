@@ -95,6 +95,8 @@ class Run:
         )
         if settings.cuda_graphs and use == "forward":
             replay_forward(freeze(model), settings.graph_tokens, self._recorder)
+        if settings.decode_graphs and use != "copy":
+            model.decode_recorder = self._recorder
         return model
 
     def load_teacher(self, role: str, source: str, kinds: tuple[Kind, ...], student: Grid) -> OnlineTeacher:

@@ -1,7 +1,8 @@
-"""CUDA graphs of a forward-only model's packed forward pass: the launches of its kernels recorded once a size of row.
+"""CUDA graphs of forward passes: the launches of their kernels recorded once a size, and replayed. `GraphedForward` is
+for the packed rows of a model that only runs forward, `GraphedDecoding` for a rollout's passes of one token a row.
 
-A graph replays the same kernels on the same memory, so a recorded pass reads its row from buffers that stay where they
-are and leaves its hidden states in another. What differs between two rows of a size is numbers in these buffers:
+A graph replays the same kernels on the same memory, so a recorded pass reads its rows from buffers that stay where they
+are and leaves its hidden states in another. What differs between two passes of a size is numbers in these buffers:
 tokens, positions, where sequences begin, and what the stage before has sent.
 
 What holds in a recording (docs/decisions.md says by which sources): nothing waits for the device or reads numbers from
@@ -9,8 +10,8 @@ it; no generator is read or set (`_no_random_states`); whatever a module makes a
 cuDNN's plans, compiled activations, NCCL's communicators) is there before, from the passes that warm up. FP8's
 histories of amaxes would have to be reduced outside; models that only run forward have none.
 
-Legend: P rows of a packed micro-batch, S of them on this tensor rank, H hidden width, B sequences. Not yet run on a
-GPU; tests record by keeping the call.
+Legend: P rows of a packed micro-batch, S of them on this tensor rank, B its sequences; R rows of a rollout's pass; H
+hidden width. Not yet run on a GPU; tests record by keeping the call.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 from megakd.batch import Batch
 from megakd.mcore.layers import packed_sequences
 from megakd.mcore.model import HiddenGPT, Model, unwrap
+from megakd.rollout.cache import KVCache
 
 logger = logging.getLogger("megakd")
 
@@ -182,6 +184,76 @@ class GraphedForward:
         buffers = _Buffers(whole.tokens_P[: size.rows], whole.positions_P[: size.rows],
                            None if self._is_first else whole.received_S1H[:on_rank], whole.hidden_S1H[:on_rank])
         return _Pass(buffers, torch.zeros(size.sequences + 1, dtype=torch.int32, device=device))
+
+
+LENGTHS = 256
+"""A recorded decoding pass reads a multiple of so many positions of every row: a recording serves as many tokens, and
+half as many positions a row are read in the mean that nobody sees."""
+
+Launch = Callable[[int, Tensor, Tensor, KVCache, Tensor | None], Tensor]
+"""Runs a part of a model by its modules (`rollout.ring.Decoder.run`)."""
+
+
+@dataclass(frozen=True)
+class DecodingSize:
+    """What a recorded decoding pass is made for."""
+
+    part: int
+    rows: int
+    """A power of two, or all slots: rows finish one by one, and where weights are what is read more cost little."""
+    length: int
+    """Positions that are read of each row."""
+
+
+class GraphedDecoding:
+    """A rollout's passes of one token a row on one cache, whose memory the recordings hold; they end with it."""
+
+    def __init__(self, model: Model, cache: KVCache, recorder: Recorder):
+        assert model.config.cuda_graph_impl == "none", "megatron-core would record layers by itself"
+        assert model.config.fp8 is None or model.config.fp8_recipe != "delayed"
+        self._chunks, self._stages = [unwrap(chunk) for chunk in model.chunks], model.grid.layout.pipeline
+        self._recorder = recorder
+        self._tokens_R1, self._positions_R1 = torch.zeros(2, cache.slots, 1, dtype=torch.int64, device=cache.device)
+        shape = (1, cache.slots, model.config.hidden_size)
+        self._received_1RH, self._hidden_1RH = torch.zeros(2, *shape, dtype=model.dtype, device=cache.device)
+        self._passes: dict[DecodingSize, Callable[[], None]] = {}
+
+    def __call__(self, launch: Launch, part: int, tokens_R1: Tensor, positions_R1: Tensor, cache: KVCache,
+                 hidden_1RH: Tensor | None) -> Tensor:
+        """-> hidden [1, R, H] of a part, the caller's own. In slots that are not in use the first position is written:
+        what fills up the rows reads a token there.
+
+        Collectives: the part's own; where a size comes for the first time, those of `Recorder.record`.
+        """
+        own = len(tokens_R1)
+        size = DecodingSize(part, min(_power_of_two(own), cache.slots),
+                            min(math.ceil(cache.length / LENGTHS) * LENGTHS, cache.max_length))
+        for buffer, numbers in ((self._tokens_R1, tokens_R1), (self._positions_R1, positions_R1)):
+            buffer[:own].copy_(numbers)
+            buffer[own : size.rows].zero_()
+        if hidden_1RH is not None:
+            self._received_1RH[:, :own].copy_(hidden_1RH)
+        if size not in self._passes:
+            self._passes[size] = self._record(size, launch, cache)
+        self._passes[size]()
+        return self._hidden_1RH[:, :own].clone()
+
+    def _record(self, size: DecodingSize, launch: Launch, cache: KVCache) -> Callable[[], None]:
+        """Records a size's pass, whose rows are in the buffers. To run it several times writes the same keys."""
+        tokens_R1, positions_R1 = self._tokens_R1[: size.rows], self._positions_R1[: size.rows]
+        received_1RH = None if size.part == 0 else self._received_1RH[:, : size.rows]
+        hidden_1RH = self._hidden_1RH[:, : size.rows]
+
+        def call() -> None:
+            cache.begin_next_tokens(positions_R1, size.length)
+            hidden_1RH.copy_(launch(size.part, tokens_R1, positions_R1, cache, received_1RH))
+
+        chunk = self._chunks[size.part // self._stages]
+        assert not chunk.training
+        logger.info("records a decoding pass of %d rows over %d positions (CUDA graph %d)", size.rows, size.length,
+                    len(self._passes) + 1)
+        with torch.no_grad(), _no_random_states(chunk):
+            return self._recorder.record(call)
 
 
 def replay_forward(model: Model, graph_tokens: int, recorder: Recorder) -> Model:

@@ -46,21 +46,13 @@ from megakd.hf.pieces import (
     stage_shards,
 )
 from megakd.mcore.fp8_emulation import AmaxHistories, Emulation
-from megakd.mcore.fp8_layers import (
-    fill_rows_of,
-    forget_delayed_scaling,
-    make_quantizers,
-    quantizers_of,
-    readable,
-    share,
-)
+from megakd.mcore.fp8_layers import fill_rows_of, forget_delayed_scaling, make_quantizers, readable, share
 from megakd.mcore.grid import Grid
 from megakd.mcore.layers import attention_of, local_block, transformer_engine_block
 from megakd.objectives.base import LossContext
-from megakd.rollout.cache import KVCache
 
 if TYPE_CHECKING:
-    from megakd.mcore.graphs import GraphedForward
+    from megakd.mcore.graphs import GraphedForward, Recorder
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 RECOMPUTE = {
@@ -139,6 +131,8 @@ class Model:
     """Of emulated delayed scaling."""
     graphs: GraphedForward | None = None
     """Replays its packed forward pass, where it only runs forward and its role asks for it (graphs.py)."""
+    decode_recorder: Recorder | None = None
+    """Records its passes of one token a row in rollouts, where its role asks for it."""
 
     @property
     def head_VH(self) -> Tensor | None:
@@ -253,7 +247,7 @@ def transformer_config(
         # The fused forms are compiled at first use, which needs a compiler on the machine; worth it on CUDA only.
         bias_activation_fusion=device.type == "cuda",
         # Transformer Engine's kernel, which takes the angles of one row; a rollout, with a row for each sequence, goes
-        # without (`_of_packed_rows`).
+        # without (`decoder.PACKED_ROWS`).
         apply_rope_fusion=engine,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -418,80 +412,3 @@ def evaluating(model: Model) -> Iterator[None]:
     finally:
         for chunk, mode in zip(model.chunks, modes, strict=True):
             chunk.train(mode)
-
-
-PACKED_ROWS = ("sequence_parallel", "reduce_scatter_embeddings", "apply_rope_fusion", "with_amax_reduction",
-               "all_gather_usage")
-"""What holds for packed rows alone: sequence parallelism, with what Transformer Engine's quantizers (`quantizers_of`)
-do for it (scales that the tensor ranks agree on, blocks laid out to be gathered); and rotation by one row's angles."""
-
-
-def _of_packed_rows(model: Model) -> list[tuple[object, str]]:
-    """Where a model's modules are told of `PACKED_ROWS`."""
-    owners = [model.config, *(module for chunk in model.chunks for module in chunk.modules()),
-              *(each for chunk in model.chunks for each in quantizers_of(chunk))]
-    return [(owner, name) for owner in owners for name in PACKED_ROWS if getattr(owner, name, False) is True]
-
-
-class PipelineDecoder:
-    """What the rollout engine sees of a model (`rollout.ring.Decoder`): its parts are the chunks of all stages.
-
-    A token cannot be cut: a model under sequence parallelism decodes without it.
-    """
-
-    def __init__(self, model: Model, longest: int):
-        """`longest` bounds prompt and answer together, besides the model's own context."""
-        self.model = model
-        self.switched_off = _of_packed_rows(model)
-        self.tp_group = model.grid.groups.tp
-        self.pp_group = model.grid.groups.pp
-        self.stage, self.stages = model.grid.at.pipeline, model.grid.layout.pipeline
-        self.parts = self.stages * len(model.chunks)
-        self.vocab_size = model.architecture.vocab_size
-        self.context_length = min(longest, model.architecture.max_positions)
-
-    @property
-    def head_VH(self) -> Tensor | None:
-        """The head's local columns on the last stage."""
-        return self.model.head_VH
-
-    def new_cache(self, slots: int, max_length: int) -> KVCache:
-        """A cache for `slots` sequences of at most `max_length` tokens: the beginning of a rollout."""
-        self.model.weights_changed()
-        config = self.model.config
-        layers = sum(shard.layers for shard in self.model.shards)
-        device = next(self.model.chunks[0].parameters()).device
-        return KVCache(
-            layers,
-            slots,
-            max_length,
-            config.num_query_groups // config.tensor_model_parallel_size,
-            config.kv_channels,
-            dtype=self.model.dtype,
-            device=device,
-        )
-
-    @torch.no_grad()
-    def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
-            hidden_SBH: Tensor | None) -> Tensor:
-        """Runs one of this rank's parts (`rollout.ring.Decoder`). Collectives: the layers' own over the tensor
-        group."""
-        chunk = unwrap(self.model.chunks[part // self.stages])
-        chunk.set_input_tensor(hidden_SBH)
-        for layer in chunk.decoder.layers:
-            attention_of(layer).cache = cache
-        for owner, name in self.switched_off:
-            setattr(owner, name, False)
-        try:
-            return chunk(tokens_BS, position_ids_BS)
-        finally:
-            for owner, name in self.switched_off:
-                setattr(owner, name, True)
-            for layer in chunk.decoder.layers:
-                attention_of(layer).cache = None
-            chunk.set_input_tensor(None)  # it would keep the memory until its next pass
-
-    def room_for(self, tokens_BS: Tensor) -> Tensor:
-        """Memory for hidden [S, B, H]."""
-        rows, width = tokens_BS.shape
-        return torch.empty(width, rows, self.model.config.hidden_size, dtype=self.model.dtype, device=tokens_BS.device)

@@ -54,13 +54,24 @@ class KVCache:
         """Positions of a row."""
         return self._keys.shape[3]
 
-    def begin(self, slots_B: Tensor, position_ids_BS: Tensor) -> None:
+    @property
+    def length(self) -> int:
+        """Positions that the pass under way reads of a row."""
+        return self._length
+
+    @property
+    def next_tokens(self) -> bool:
+        """Whether the pass under way reads one token in each of the first slots, and no other slot is in use."""
+        return self._next_tokens
+
+    def begin(self, slots_B: Tensor, position_ids_BS: Tensor, *, others_free: bool) -> None:
         """Says what the next forward pass writes; called once before it, not once a layer.
 
         Args:
             slots_B: int64, the cache row of each row of the batch; no slot twice.
             position_ids_BS: int64, consecutive positions in each row. Both are best given on the CPU: they are looked
                 at here, and would otherwise cost a wait for the device.
+            others_free: no slot but these is in use, so that the pass may have more rows.
 
         Raises:
             ValueError: a slot or position that the cache does not have.
@@ -80,10 +91,22 @@ class KVCache:
         # A whole prompt has no past to read: plain causal attention within the batch.
         whole = torch.arange(columns, device=position_ids_BS.device).expand(rows, columns)
         self._from_start = torch.equal(position_ids_BS, whole)
-        if not self._from_start:
-            hidden_BSL = torch.arange(self._length, device=self.device) > self._positions_BS[:, :, None]
-            self._bias_BSL = torch.zeros(hidden_BSL.shape, dtype=self._keys.dtype, device=self.device)
-            self._bias_BSL.masked_fill_(hidden_BSL, -torch.inf)
+        self._next_tokens = others_free and columns == 1 and not self._from_start and consecutive and first == 0
+        self._bias_BSL = None
+
+    def begin_next_tokens(self, position_ids_B1: Tensor, length: int) -> None:
+        """`begin` for one token in each of the first slots, no other being in use, without a look at any number: a
+        recording of the pass may hold it.
+
+        Args:
+            position_ids_B1: int64, where the cache lives; each below `length`.
+            length: positions to read, whatever a row has; those after its own are not seen.
+        """
+        self._length, self._next_tokens, self._from_start = length, True, False
+        self._rows = slice(len(position_ids_B1))
+        self._slots_B1 = torch.arange(len(position_ids_B1), device=self.device)[:, None]
+        self._positions_BS = position_ids_B1
+        self._bias_BSL = None
 
     def attend(self, layer: int, query_SBNd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor) -> Tensor:
         """Stores the new keys and values of a layer, and attends to them and to the row's past.
@@ -111,9 +134,17 @@ class KVCache:
         batch, heads, columns, width = query_BNSd.shape
         groups = key_BGLd.shape[1]
         query_BGQd = query_BNSd.reshape(batch, groups, heads // groups * columns, width)
-        bias_B1QL = self._bias_BSL.repeat(1, heads // groups, 1)[:, None]
+        bias_B1QL = self._bias().repeat(1, heads // groups, 1)[:, None]
         context_BGQd = scaled_dot_product_attention(query_BGQd, key_BGLd, value_BGLd, attn_mask=bias_B1QL)
         return context_BGQd.view(batch, heads, columns, width).permute(2, 0, 1, 3)
+
+    def _bias(self) -> Tensor:
+        """What is added to a pass' scores [B, S, L]; made by the first layer that attends."""
+        if self._bias_BSL is None:
+            hidden_BSL = torch.arange(self._length, device=self.device) > self._positions_BS[:, :, None]
+            self._bias_BSL = torch.zeros(hidden_BSL.shape, dtype=self._keys.dtype, device=self.device)
+            self._bias_BSL.masked_fill_(hidden_BSL, -torch.inf)
+        return self._bias_BSL
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of slot `source` to slot `target`, in all layers."""

@@ -262,7 +262,7 @@ class _Company:
                 tokens_BS = torch.tensor([row.tokens[-1:] for row in self.rows])
                 positions_BS = torch.tensor([[row.position] for row in self.rows])
                 every = list(range(len(self.rows)))
-                yield self._step(tokens_BS, positions_BS, every, [(row, 0) for row in every], every)
+                yield self._step(tokens_BS, positions_BS, every, [(row, 0) for row in every], every, others_free=True)
 
     def _admit(self) -> Iterator[_Step]:
         """Gives free slots to the queue as long as there are both, then closes the gaps: no dead row is decoded."""
@@ -298,19 +298,19 @@ class _Company:
         numbers = {prompt.sample_id: number for number, prompt in enumerate(prompts)}
         places = [(numbers[row.prompt.sample_id], len(row.prompt.tokens) - 1) for _, row in newcomers]
         yield self._step(tokens_BS, torch.arange(width).expand(tokens_BS.shape), list(readers.values()), places,
-                         [slot for slot, _ in newcomers])
+                         [slot for slot, _ in newcomers], others_free=False)
         for slot, row in newcomers:
             if slot != readers[row.prompt.sample_id]:
                 self.cache.copy_row(readers[row.prompt.sample_id], slot, len(row.prompt.tokens))
 
     def _step(
         self, tokens_BS: Tensor, positions_BS: Tensor, slots: list[int], places: list[tuple[int, int]],
-        receivers: list[int],
+        receivers: list[int], *, others_free: bool,
     ) -> _Step:
         """A forward pass over the batch's `slots`. The token after `places[i]` (a row and column of the batch) goes to
         the response in slot `receivers[i]`."""
         device = self.cache.device
-        self.cache.begin(torch.tensor(slots), positions_BS)
+        self.cache.begin(torch.tensor(slots), positions_BS, others_free=others_free)
         forward = Pass(to_device(tokens_BS, device), to_device(positions_BS, device), self.cache)
         return _Step(forward, [self.rows[slot] for slot in receivers], receivers, places)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megakd.batch import to_device
 from megakd.errors import ModelError
-from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import Model, evaluating
 from megakd.rollout.engine import Prompt, Rollout, Row, logits
 from megakd.rollout.ring import Pass, Ring
 from megakd.rollout.sampling import Sampling, noise_keys, sample, uniform
@@ -62,7 +63,8 @@ class _Side:
         numbers = [self.mine[slot] for slot in slots]
         rows = [self.rows[number] for number in numbers]
         tokens_BS, positions_BS, last_B = self._input(rows)
-        self.cache.begin(torch.tensor(slots), positions_BS)
+        # The rows that are done are not looked at again.
+        self.cache.begin(torch.tensor(slots), positions_BS, others_free=True)
         device = self.cache.device
         hidden_SBH = self.ring.whole(Pass(to_device(tokens_BS, device), to_device(positions_BS, device), self.cache))
         if hidden_SBH is None:

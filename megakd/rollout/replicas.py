@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megakd.comm import all_gather_json
-from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import Model, evaluating
 from megakd.rollout.engine import Prompt, Rollout, generate
 from megakd.rollout.sampling import Sampling
 from megakd.run import Run

@@ -41,7 +41,8 @@ class Decoder(Protocol):
 
     def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
             hidden_SBH: Tensor | None) -> Tensor:
-        """Runs a part that this rank has; each layer's attention is `cache.attend`.
+        """Runs a part that this rank has; each layer's attention is `cache.attend`. Slots that are not in use may be
+        written where `cache.next_tokens` says so.
 
         Args:
             hidden_SBH: what the part before has made; None for part 0, which embeds the tokens.

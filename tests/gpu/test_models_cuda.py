@@ -25,8 +25,9 @@ from megakd.config_objectives import DckdObjective, SftObjective
 from megakd.errors import ConfigError
 from megakd.hf.random_model import write_random_model
 from megakd.mcore import checkpoint
-from megakd.mcore.graphs import CudaRecorder, replay_forward
-from megakd.mcore.model import PipelineDecoder, evaluating, freeze
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.graphs import CudaRecorder, Recorder, replay_forward
+from megakd.mcore.model import evaluating, freeze
 from megakd.mcore.optimizer import STATES
 from megakd.mcore.step import forward_hidden
 from megakd.planning.memory import training_memory
@@ -36,7 +37,7 @@ from tests.gpu.devices import DEVICES, NO_SECOND_RANK, lacking, on_cuda
 from tests.mcore.cases import FP32, Box, Distillation, Job, KeptCalls, assemble, build, curve, first_gradients, world
 from tests.mcore.planning_cases import setup_of
 from tests.mcore.test_training import beside_plain, check_offloaded
-from tests.mcore.tiny import make_groups, make_llama
+from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
 from tests.ranks import run_ranks
 from tests.recipes import tiny_recipe
 
@@ -156,11 +157,15 @@ def test_packed_sequences_are_those_alone(directories, device, dtype):
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 
+def _recorder() -> Recorder:
+    return CudaRecorder() if world().device.type == "cuda" else KeptCalls()
+
+
 def _recorded(directory: str, precision: Precision, parallel: Parallel) -> dict[str, float]:
     """How far recorded forward passes are from those that are launched, and the milliseconds of both; at last rows."""
     device, found = world().device, {"apart": 0.0}
     model = freeze(build(directory, parallel, precision, trained=False))
-    replay_forward(model, 64, CudaRecorder() if device.type == "cuda" else KeptCalls())
+    replay_forward(model, 64, _recorder())
     graphs = model.graphs
     for seed in range(4):  # from the second on other numbers go through what the first have recorded
         step = Step(tuple(make_groups(8, KINDS, seed=seed)))
@@ -321,19 +326,51 @@ def test_a_checkpoint_is_read_by_the_other_layers(directories, tmp_path, writer,
 # ----------------------------------------------------------------------------------------------------------- rollouts
 
 
-def _answers(directory: str, prompts: list[Prompt], sampling: Sampling) -> list[tuple[tuple[int, ...], list[float]]]:
-    decoder = PipelineDecoder(build(directory, WHOLE), 64)
-    return [(answer.tokens, list(answer.log_probs))
-            for answer in generate(decoder, prompts, sampling, slots=3, pad_id=0)]
+def _answers(directory: str, prompts: list[Prompt], sampling: Sampling,
+             recorded: bool) -> list[tuple[tuple[int, ...], list[float]]]:
+    model = build(directory, WHOLE)
+    model.decode_recorder = _recorder() if recorded else None
+    with evaluating(model):
+        answers = generate(PipelineDecoder(model, 64), prompts, sampling, slots=3, pad_id=0)
+    return [(answer.tokens, list(answer.log_probs)) for answer in answers]
 
 
 @DEVICES
+@pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
-def test_answers_are_the_cpu_s(directories, device, temperature):
+def test_answers_are_the_cpu_s(directories, device, temperature, recorded):
     prompts = [Prompt(number, group.samples[0].tokens) for number, group in enumerate(make_groups(6, (Kind.CHOSEN,)))]
     sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0, n=1, max_new_tokens=8, stop_ids=(), seed=3)
-    right, found = (run_ranks(1, _answers, directories["teacher"], prompts, sampling, device=where)[0]
-                    for where in ("cpu", device))
+    right, found = (run_ranks(1, _answers, directories["teacher"], prompts, sampling, how, device=where)[0]
+                    for where, how in (("cpu", False), (device, recorded)))
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in right]
     for (_, mine), (_, theirs) in zip(found, right, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+def _decoded(directory: str, precision: Precision, parallel: Parallel) -> float:
+    """How far recorded decoding passes are from launched ones, over the same tokens."""
+    model, hidden = freeze(build(directory, parallel, precision, trained=False)), {}
+    device = world().device
+    for how in ("launched", "recorded"):
+        model.decode_recorder = _recorder() if how == "recorded" else None
+        decoder, draw, found = PipelineDecoder(model, 64), torch.Generator().manual_seed(1), []
+        cache = decoder.new_cache(5, 40)
+        for start, columns in ((0, 7), *((7 + number, 1) for number in range(12))):
+            tokens_BS = torch.randint(VOCABULARY, (3, columns), generator=draw)
+            positions_BS = (start + torch.arange(columns)).expand(3, -1).contiguous()
+            cache.begin(torch.arange(3), positions_BS, others_free=True)
+            found.append(decoder.run(0, tokens_BS.to(device), positions_BS.to(device), cache, None))
+        hidden[how] = torch.cat(found)
+    return apart(hidden["recorded"], hidden["launched"])
+
+
+@pytest.mark.parametrize("device, name, tensor", [
+    ("cpu", "fp32", 1), *(on_cuda(name, 1, unless=lacking(PRECISIONS[name].fp8_recipe)) for name in (
+        "bf16", "tensorwise", "blockwise", "tensorwise, teachers' weights")),
+    on_cuda("bf16", 2, unless=NO_SECOND_RANK)])
+def test_recorded_decoding_passes_give_the_same_hidden_states(directories, device, name, tensor):
+    precision = PRECISIONS.get(name, FP32)
+    found = run_ranks(tensor, _decoded, directories["teacher"], precision, Parallel(tensor=tensor), device=device)[0]
+    print(f"{device} {name} tensor {tensor}: {found:.1e}")
+    assert found <= {"fp32": 1e-5, "bf16": 0.01, "fp8": 0.03}[precision.dtype]

@@ -20,7 +20,8 @@ from megakd.batch import Padding, Step
 from megakd.check_precision import rows_multiple
 from megakd.config import Parallel
 from megakd.hf.families import Architecture
-from megakd.mcore.model import PipelineDecoder, evaluating, freeze
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import evaluating, freeze
 from megakd.mcore.step import forward_hidden
 from megakd.objectives import build_objective
 from megakd.objectives.base import RoleOutput

@@ -18,8 +18,9 @@ from megakd.config_stages import Optimizer
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import stage_shards
 from megakd.mcore import optimizer
+from megakd.mcore.decoder import _of_packed_rows
 from megakd.mcore.fp8_layers import amax_states, fill_rows, fill_rows_of, forget_delayed_scaling, make_quantizers
-from megakd.mcore.model import _of_packed_rows, transformer_config
+from megakd.mcore.model import transformer_config
 from tests.mcore.cases import build
 from tests.mcore.tiny import make_llama
 from tests.ranks import run_ranks

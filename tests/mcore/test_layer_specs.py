@@ -16,7 +16,8 @@ from megakd.config import Parallel
 from megakd.config_objectives import SftObjective
 from megakd.hf.pieces import parameter_shapes
 from megakd.mcore import checkpoint
-from megakd.mcore.model import HiddenGPT, PipelineDecoder, unwrap
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import HiddenGPT, unwrap
 from megakd.rollout import Prompt, Sampling, generate
 from tests.mcore.cases import Distillation, Job, assemble, build
 from tests.mcore.engine_stand_in import transformer_engine

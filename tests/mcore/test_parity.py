@@ -23,7 +23,8 @@ from megakd.data.tokenizers import load_tokenizer
 from megakd.hf.directory import tensor_files
 from megakd.hf.exporter import ExportTarget, export_model
 from megakd.losses import fused_token_log_probs
-from megakd.mcore.model import Model, PipelineDecoder, evaluating
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import Model, evaluating
 from megakd.mcore.step import forward_hidden
 from megakd.rollout import Prompt, Sampling, generate
 from tests.mcore import cases

@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
+from torch import Tensor
 
 from megakd.config import Parallel
-from megakd.mcore.model import PipelineDecoder
-from megakd.rollout import Prompt, Rollout, Sampling, generate
+from megakd.mcore import graphs
+from megakd.mcore.decoder import PipelineDecoder
+from megakd.mcore.model import evaluating, freeze
+from megakd.rollout import KVCache, Prompt, Rollout, Sampling, generate
 from tests.hf_models import architecture, random_tensors, write_model
 from tests.mcore import cases
+from tests.mcore.engine_stand_in import transformer_engine
 from tests.ranks import run_ranks
 
 LENGTHS = (5, 1, 9, 3, 14, 2, 7)
@@ -104,3 +111,46 @@ def test_replicas_share_the_prompts_out(directory):
         4, _generate, directory, Parallel(tensor=2, pad_heads=True), prompts, SAMPLED, 2)
     assert first == first_too and second == second_too
     _assert_equal(sorted(first + second, key=lambda rollout: (rollout.sample_id, rollout.index)), whole)
+
+
+FILLED_ROWS = {1: 1, 2: 2, 3: 4, 4: 4, 5: 5}
+"""Of 5 slots."""
+
+
+class _Sizes(PipelineDecoder):
+    """Writes down which recording each pass should take."""
+
+    def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
+            hidden_SBH: Tensor | None) -> Tensor:
+        rows, columns = tokens_BS.shape
+        if columns == 1 and position_ids_BS.max() > 0:
+            filled = min(-(-int(position_ids_BS.max() + 1) // 8) * 8, cache.max_length)
+            self.sizes = [*getattr(self, "sizes", []), (id(cache), part, rows, FILLED_ROWS[rows], filled)]
+        return super().run(part, tokens_BS, position_ids_BS, cache, hidden_SBH)
+
+
+def _recorded(directory: str, parallel: Parallel, spec: str, prompts: list[Prompt]) -> dict[str, object]:
+    recorder = cases.KeptCalls()
+    with transformer_engine() if spec == "te" else nullcontext(), mock.patch.object(graphs, "LENGTHS", 8):
+        model = freeze(cases.build(directory, parallel, trained=False))
+        model.decode_recorder, decoder = recorder, _Sizes(model, 64)
+        with evaluating(model):
+            answers = generate(decoder, prompts, SAMPLED, slots=5, pad_id=0)
+    taken = [(cache, part, rows, length) for cache, part, _, rows, length in decoder.sizes]
+    first_seen = {size: number for number, size in enumerate(dict.fromkeys(taken))}
+    assert recorder.recorded == len(first_seen) > 4
+    assert recorder.replayed == [first_seen[size] for size in taken]
+    return {"answers": answers, "sizes": decoder.sizes}
+
+
+@pytest.mark.parametrize("parallel, spec", [
+    (Parallel(), "local"), (Parallel(tensor=2, pad_heads=True, sequence=True), "te"),
+    (Parallel(pipeline=2, virtual_pipeline=2), "local"),
+], ids=["one rank", "tp2 sp, te", "pp2 vpp2"])
+def test_recorded_passes_draw_the_same(directory, parallel, spec):
+    prompts = _prompts(150)
+    whole = run_ranks(1, _generate, directory, Parallel(), prompts, SAMPLED, 64)[0]
+    for found in run_ranks(_ranks(parallel), _recorded, directory, parallel, spec, prompts):
+        assert any(rows < filled for _, _, rows, filled, _ in found["sizes"]) or parallel.pipeline > 1
+        assert len({length for *_, length in found["sizes"]}) > 1
+        _assert_equal(found["answers"], whole)

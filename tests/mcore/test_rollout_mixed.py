@@ -108,7 +108,7 @@ def test_without_a_teacher_s_share_it_is_the_engine_s_own_answer(directories):
 
 
 def _engine(directory: str, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
-    from megakd.mcore.model import PipelineDecoder
+    from megakd.mcore.decoder import PipelineDecoder
     from megakd.rollout import generate
 
     return generate(PipelineDecoder(cases.build(directory, Parallel()), 64), prompts, sampling, slots=4, pad_id=0)

@@ -401,6 +401,8 @@ NONE_EARLIER = "Earlier stages save: none"
      "delayed scaling takes all layers in one FP8 region (megatron-core)", "Write 0, or another fp8_recipe"),
     ("teacher.cuda_graphs", True, "teacher.cuda_graphs", "device is 'cpu', which has no CUDA graphs",
      "Leave it out, or write device: cuda"),
+    ("student.decode_graphs", True, "student.decode_graphs", "device is 'cpu', which has no CUDA graphs",
+     "Leave it out, or write device: cuda"),
     ("reference.graph_tokens", 512, "reference.graph_tokens",
      "says how rows are filled up for reference.cuda_graphs, which is false",
      "Leave it out, or write reference.cuda_graphs=true"),
@@ -434,6 +436,22 @@ def test_cuda_graphs_of_teachers():
     for precision in ("bf16", {"dtype": "fp8", "fp8_recipe": "delayed", "fp8_weights": "teachers"}):
         recipe = parse(raw | {"precision": precision})
         assert (recipe.teacher.graph_tokens, recipe.reference.graph_tokens) == (256, 64)
+
+
+def test_decode_graphs():
+    raw = yaml.safe_load(RECIPE) | {"device": "cuda"}
+    for name in ("student", "teacher", "reference"):
+        raw[name] |= {"decode_graphs": True}
+    for precision in ("fp32", "bf16", {"dtype": "fp8"}):
+        assert parse(raw | {"precision": precision}).student.decode_graphs
+    delayed = {"precision": {"dtype": "fp8", "fp8_recipe": "delayed"}}
+    error = refused(raw | delayed)
+    assert (error.field, error.fix) == ("student.decode_graphs", "Leave it out, or take another fp8_recipe")
+    raw["student"]["decode_graphs"] = False
+    error = refused(raw | delayed)
+    assert error.field == "teacher.decode_graphs"  # a stage trains it
+    raw["teacher"]["decode_graphs"] = False
+    assert parse(raw | delayed).reference.decode_graphs
 
 
 def test_context_ranks_on_a_gpu_need_16_bits():

@@ -29,10 +29,16 @@ class _Rows:
         self.cache, self.seen = _new_cache(), [[None] * SLOTS for _ in range(LAYERS)]
         torch.manual_seed(0)
 
-    def step(self, slots: list[int], starts: list[int], lengths: list[int]):
-        """A forward pass: row b has `lengths[b]` real tokens from position `starts[b]` on, then padding."""
+    def step(self, slots: list[int], starts: list[int], lengths: list[int], *, others_free: bool = False,
+             filled: int | None = None):
+        """A forward pass: row b has `lengths[b]` real tokens from position `starts[b]` on, then padding. With `filled`
+        it reads so many positions of each row."""
         width = max(lengths)
-        self.cache.begin(torch.tensor(slots), torch.tensor(starts)[:, None] + torch.arange(width))
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        self.cache.begin(torch.tensor(slots), positions, others_free=others_free)
+        if filled is not None:
+            assert self.cache.next_tokens
+            self.cache.begin_next_tokens(positions, filled)
         for layer in range(LAYERS):
             query = torch.randn(width, len(slots), HEADS, WIDTH)
             key, value = torch.randn(2, width, len(slots), GROUPS, WIDTH)
@@ -88,6 +94,19 @@ def test_copied_row_goes_on_like_its_source():
     rows.step([0, 1, 3], [6, 4, 4], [1, 1, 1])
 
 
+@pytest.mark.parametrize("filled", [None, 8, LENGTH])
+def test_next_tokens_of_the_first_slots(filled):
+    rows = _Rows()
+    rows.step([0, 1, 2], [0] * 3, [4, 6, 1], others_free=True)
+    assert not rows.cache.next_tokens  # they are whole prompts
+    rows.step([0, 1, 2], [4, 6, 1], [1] * 3, others_free=True, filled=filled)
+    rows.step([0, 1], [5, 7], [1] * 2, others_free=True, filled=filled)
+    assert rows.cache.next_tokens and rows.cache.length == (filled or 8)
+    for slots, others_free in (([0, 1], False), ([1, 0], True), ([1, 2], True), ([0, 2], True)):
+        rows.step(slots, [(6, 8, 2)[slot] for slot in slots], [1] * 2, others_free=others_free)
+        assert not rows.cache.next_tokens
+
+
 def test_decoding_reads_the_live_part_of_the_cache_in_place(monkeypatch):
     read = []
 
@@ -110,6 +129,6 @@ def test_decoding_reads_the_live_part_of_the_cache_in_place(monkeypatch):
 def test_places_that_do_not_exist_are_refused():
     cache = _new_cache()
     with pytest.raises(ValueError, match=f"position {LENGTH} .* max_length {LENGTH}"):
-        cache.begin(torch.tensor([0]), torch.tensor([[LENGTH]]))
+        cache.begin(torch.tensor([0]), torch.tensor([[LENGTH]]), others_free=False)
     with pytest.raises(ValueError, match=r"slots 2\.\.5 .* 5 slots"):
-        cache.begin(torch.tensor([2, 5]), torch.zeros(2, 1, dtype=torch.int64))
+        cache.begin(torch.tensor([2, 5]), torch.zeros(2, 1, dtype=torch.int64), others_free=False)
