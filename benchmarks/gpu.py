@@ -110,8 +110,9 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = "" if options.quickstart_models or options.small else "--quickstart-models is not given"
     found = [
         Part("te_smoke", 120, smoke or no_gpu), Part("environment", 75), Part("models", 90), Part("training:bf16", 90),
-        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("fused_losses", 150),
-        Part("loss_kernels", 120), Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models),
+        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("rollouts", 90),
+        Part("fused_losses", 150), Part("loss_kernels", 120), Part("tensor_parallel", 90, nccl),
+        Part("quickstart", 150, models),
     ]
     if options.only:
         found = [part if part.name in options.only else Part(part.name, 0, "not among --only") for part in found]
@@ -207,6 +208,8 @@ def figures(parts: dict[str, Any]) -> Iterator[Figure]:
         yield "teacher_graphs", f"{what}: launched", row["launched_ms"], "ms", "", None
         yield "teacher_graphs", f"{what}: recorded over launched", ratio, "x", "<= 1", ratio <= 1
         yield "teacher_graphs", f"{what}: held by all recordings so far", row["held_bytes"] / 2**30, "GiB", "", None
+    for row in there["rollouts"]["answers"] if "rollouts" in there else ():
+        yield from _rollouts(row, there)
     if "loss_kernels" in there:
         for row in there["loss_kernels"]["kernels"]:
             if "share_of_copy" not in row:
@@ -228,6 +231,17 @@ def figures(parts: dict[str, Any]) -> Iterator[Figure]:
         yield "tensor_parallel", what, apart, "", "<= 0.01", apart <= 0.01
     if "quickstart" in there:
         yield "quickstart", "wall", there["quickstart"]["wall_seconds"], "s", "", None
+
+
+def _rollouts(row: dict[str, Any], there: dict[str, Any]) -> Iterator[Figure]:
+    what, launched, recorded = f"{row['role']}, {row['rows']} rows", row["launched"], row["recorded"]
+    yield "rollouts", f"{what}: a pass, launched", launched["pass_ms"], "ms", "", None
+    for name, figure in (("a pass", "pass_ms"), ("everything", "seconds")):
+        ratio = recorded[figure] / launched[figure]
+        yield "rollouts", f"{what}: {name}, recorded over launched", ratio, "x", "<= 1", ratio <= 1
+    if "environment" in there and "copy_gb_s" in there["environment"]:
+        ratio = recorded["pass_ms"] / (1e-6 * row["read_bytes"] / there["environment"]["copy_gb_s"])
+        yield "rollouts", f"{what}: recorded over reading weights, keys, values", ratio, "x", "", None
 
 
 def _floors(found: dict[str, Any]) -> Iterator[Figure]:

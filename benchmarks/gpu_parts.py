@@ -20,10 +20,12 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,10 @@ class Shapes:
     """Tokens of a sequence in forward passes that are recorded."""
     graph_sequences: tuple[int, ...]
     """How many of them each pass has."""
+    answers: int
+    """That are decoded side by side."""
+    decoded: int
+    """Tokens of each."""
 
 
 FULL = Shapes(
@@ -91,13 +97,13 @@ FULL = Shapes(
     cut=llama(1024, 4, 16, 4, 2816, 32000, tied=True),
     prompt=512, answer=1536, micro_batch=2, global_batch=4, chunk_tokens=2048, warm_up=3, steps=12, loss_tokens=8192,
     loss_hidden=4096, loss_vocabulary=128256, kernel_rows=4096, kernel_repeats=15, copied_bytes=1 << 32, rows=8192,
-    graph_sequence=256, graph_sequences=(1, 4, 32),
+    graph_sequence=256, graph_sequences=(1, 4, 32), answers=32, decoded=128,
 )
 SMALL = Shapes(
     student=llama(64, 2, 4, 2, 96, 320, tied=True), teacher=llama(96, 2, 4, 4, 128, 320, tied=False),
     cut=llama(64, 2, 4, 2, 96, 320, tied=True), prompt=6, answer=10, micro_batch=1, global_batch=2, chunk_tokens=16,
     warm_up=1, steps=2, loss_tokens=48, loss_hidden=16, loss_vocabulary=96, kernel_rows=2, kernel_repeats=1,
-    copied_bytes=1 << 16, rows=32, graph_sequence=8, graph_sequences=(1, 3),
+    copied_bytes=1 << 16, rows=32, graph_sequence=8, graph_sequences=(1, 3), answers=3, decoded=4,
 )
 
 
@@ -394,6 +400,39 @@ def teacher_graphs(options: Options) -> None:
             options.write(found)
 
 
+def rollouts(options: Options) -> None:
+    """Answers of both models, decoded by launched passes and by recorded ones: milliseconds of a pass that gives each
+    row a token, the bytes that it has to read, and seconds of everything, prompts and recordings included."""
+    from megakd.mcore.decoder import PipelineDecoder
+    from megakd.mcore.graphs import CudaRecorder
+    from megakd.mcore.model import freeze
+    from megakd.rollout import Prompt, Sampling, generate
+    from tests.mcore.cases import KeptCalls, build
+
+    world, shapes, found = start_alone(options.device), options.shapes, {"answers": []}
+    gpu = world.device.type == "cuda"
+    precision, recorder = precision_of("bf16" if gpu else "fp32", options.device), CudaRecorder() if gpu else KeptCalls()
+    prompts = [Prompt(number, (3,) * shapes.prompt) for number in range(shapes.answers)]
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, n=1, max_new_tokens=shapes.decoded, stop_ids=(), seed=3)
+    for role in ("student", "teacher"):
+        model = freeze(build(str(options.folder / role), Parallel(), precision, trained=False))
+        decoder, seconds = PipelineDecoder(model, shapes.prompt + shapes.decoded), {}
+        for how in ("launched", "recorded"):
+            model.decode_recorder = recorder if how == "recorded" else None
+            for _ in range(2):  # the second is timed
+                ends = [time.perf_counter()]
+                generate(decoder, prompts, sampling, slots=shapes.answers, pad_id=0,
+                         progress=lambda *_, ends=ends: ends.append(time.perf_counter()))
+            passes = [end - begin for begin, end in pairwise(ends[-shapes.decoded :])]
+            seconds[how] = {"pass_ms": 1e3 * statistics.median(passes), "seconds": ends[-1] - ends[0]}
+        weights = sum(each.numel() for name, each in model.parameters_of(0).items() if "embedding" not in name)
+        cached = 2 * model.architecture.layers * model.architecture.kv_heads * model.architecture.head_dim
+        positions = shapes.answers * (shapes.prompt + shapes.decoded // 2)
+        read_bytes = model.dtype.itemsize * (weights + model.head_VH.numel() + cached * positions)
+        found["answers"].append({"role": role, "rows": shapes.answers, **seconds, "read_bytes": read_bytes})
+        options.write(found)
+
+
 def reserved(device: torch.device) -> int:
     """Bytes that CUDA's allocator holds and cannot give back; 0 on a CPU."""
     if device.type != "cuda":
@@ -526,8 +565,8 @@ def quickstart(options: Options) -> None:
 
 PARTS: dict[str, Callable[..., None]] = {
     "environment": environment, "models": models, "loss_kernels": loss_kernels, "fused_losses": fused_losses,
-    "training": training, "teacher_graphs": teacher_graphs, "tensor_parallel": tensor_parallel,
-    "quickstart": quickstart,
+    "training": training, "teacher_graphs": teacher_graphs, "rollouts": rollouts,
+    "tensor_parallel": tensor_parallel, "quickstart": quickstart,
 }
 
 
