@@ -411,7 +411,8 @@ def rollouts(options: Options) -> None:
 
     world, shapes, found = start_alone(options.device), options.shapes, {"answers": []}
     gpu = world.device.type == "cuda"
-    precision, recorder = precision_of("bf16" if gpu else "fp32", options.device), CudaRecorder() if gpu else KeptCalls()
+    recorder = CudaRecorder() if gpu else KeptCalls()
+    precision = precision_of("bf16" if gpu else "fp32", options.device)
     prompts = [Prompt(number, (3,) * shapes.prompt) for number in range(shapes.answers)]
     sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, n=1, max_new_tokens=shapes.decoded, stop_ids=(), seed=3)
     for role in ("student", "teacher"):
