@@ -43,11 +43,13 @@ from megakd.rollout.engine import PREFILL_TOKENS
 GREEDY_BYTES = 8
 """A column of a row while the likeliest token is looked for: the logit, and its copy without the padding's columns."""
 NOISE_BYTES = 32
-"""A column of a row while a token is drawn: the logit, the logit by the temperature, and three 64-bit numbers of which
-the noise is being made."""
+"""A column of a row while a token is drawn: the logit, its copy, and three 64-bit numbers of which the noise is being
+made."""
 INTEGER_BYTES = 8
 DRAWN_BYTES = 8
-"""Of a token, of its log-probability and of its score: told in float64."""
+"""Of each number that says what a part of a row's columns has drawn: told in float64."""
+KERNEL_PART = 4096
+"""Columns of a part: `BLOCK` of rollout/kernel.py, which only imports where Triton is."""
 COUNTED = (Kind.CHOSEN,)
 """A kind to count loss positions by, where it makes no difference which."""
 
@@ -187,10 +189,17 @@ def _drawing_bytes(task: Generation) -> float:
     """Logits of all rows in float32, and what a token's draw makes of them."""
     role = task.role
     columns, hidden = head_columns(role.architecture, role.parallel.tensor), role.architecture.hidden_size
-    each = NOISE_BYTES if task.sampled else GREEDY_BYTES
+    each = _column_bytes(task)
     # On a CPU, where no product of 16-bit numbers gives 32-bit ones, the head is copied first.
     copy = columns * hidden * STATISTICS_BYTES if task.device == "cpu" and task.dtype != "fp32" else 0
     return max(task.rows * columns * each, task.rows * columns * STATISTICS_BYTES + copy)
+
+
+def _column_bytes(task: Generation) -> int:
+    """Of a column of a row while a token is drawn. The kernel (rollout/kernel.py) has the logit alone."""
+    if task.device == "cuda" and not (task.sampled and task.top_p):
+        return STATISTICS_BYTES
+    return NOISE_BYTES if task.sampled else GREEDY_BYTES
 
 
 def generation_traffic(task: Generation, pipeline_rank: int, tokens: float, rows: float) -> list[Call]:
@@ -211,14 +220,16 @@ def generation_traffic(task: Generation, pipeline_rank: int, tokens: float, rows
              Call("send", "pipeline", stages, size, sends, "activations"),
              Call("receive", "pipeline", stages, size, receives, "activations")]
     if pipeline_rank == stages - 1:
-        best = tensor * rows * 3 * DRAWN_BYTES
-        calls += [Call("all_gather", "tensor", tensor, best, 2 if task.sampled else 1, "best columns"),
-                  Call("all_reduce", "tensor", tensor, rows * STATISTICS_BYTES, 1, "sums of exponentials")]
+        columns = head_columns(role.architecture, tensor)
+        told = tensor * rows * DRAWN_BYTES  # of each rank and row a number
+        parts = math.ceil(columns / KERNEL_PART) if task.device == "cuda" else 1
+        calls.append(Call("all_gather", "tensor", tensor, 6 * parts * told, 1, "parts of rows"))
         if task.sampled and task.top_k > 0:
-            columns = min(task.top_k, head_columns(role.architecture, tensor))
+            columns = min(task.top_k, columns)
             calls.append(Call("all_gather", "tensor", tensor, tensor * rows * columns * STATISTICS_BYTES, 1, "top k"))
         if task.sampled and task.top_p:
-            calls.append(Call("all_reduce", "tensor", tensor, rows * DRAWN_BYTES, 2, "masses"))
+            calls += [Call("all_reduce", "tensor", tensor, rows * DRAWN_BYTES, 2, "masses"),
+                      Call("all_gather", "tensor", tensor, 3 * told, 1, "best columns")]
     return [call for call in calls if call.size > 1 and call.calls > 0]
 
 
@@ -293,7 +304,7 @@ def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: floa
     columns = head_columns(role.architecture, role.parallel.tensor)
     head = products_seconds(cluster, "fp32" if task.dtype == "fp32" else "bf16", rows, [(widths.hidden, columns)])
     # Every number that a draw makes is written once and read once.
-    drawn = 2 * rows * columns * (NOISE_BYTES if task.sampled else GREEDY_BYTES) / memory
+    drawn = 2 * rows * columns * _column_bytes(task) / memory
     tell = 0.0 if role.parallel.pipeline == 1 else link_of(cluster, role, "pipeline").latency_us * 1e-6
     seconds[-1] += head + drawn + tell
     return seconds

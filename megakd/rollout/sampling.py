@@ -130,9 +130,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draws a token for each row.
 
-    Collectives over `tp_group`: all-gather of B x 3 numbers, SUM all-reduce of B. Above temperature 0 one all-gather of
-    B x 3 more; top_k all-gathers B x k values; top_p sums B masses, and then B more for each candidate that it looks
-    at (1 + the number of refusals, see `_race_within_mass`).
+    Collectives over `tp_group`: all-gather of B x P x 6 numbers (`own_parts`); top_k all-gathers B x k values before.
+    top_p also sums B masses, and all-gathers B x 3 numbers and sums B masses for each candidate that it looks at (1 +
+    the number of refusals, see `_race_within_mass`).
 
     Args:
         logits_BV: this rank's columns, any float dtype; the same number V on all ranks, in the order of the ranks.
@@ -147,24 +147,90 @@ def sample(
         non-finite log-probability (nothing is raised here, where only some ranks of a model would see it).
     """
     first = 0 if tp_group is None else dist.get_rank(tp_group) * logits_BV.shape[1]
-    columns_V = torch.arange(first, first + logits_BV.shape[1], device=logits_BV.device)
-    logits_BV = logits_BV.float().masked_fill(columns_V >= vocab_size, -torch.inf)
-    tokens_B, highest_B = _winner(logits_BV, logits_BV, first, tp_group)
-    log_total_B = highest_B + _sum((logits_BV - highest_B[:, None]).exp_().sum(1), tp_group).log()
+    logits_BV = logits_BV.float()
+    raced = sampling.temperature > 0 and sampling.top_p == 1
+    lowest_B = None
+    if sampling.temperature > 0 and 0 < sampling.top_k < vocab_size:
+        lowest_B = _kth_value(_masked(logits_BV, first, vocab_size), sampling.top_k, tp_group)
+    if logits_BV.is_cuda:
+        from megakd.rollout import kernel  # Triton, which a CPU does without
+
+        of_this_rank = kernel.own_parts
+    else:
+        of_this_rank = own_parts
+    parts_PBN = _gather(of_this_rank(logits_BV, keys_B if raced else None, lowest_B, sampling.temperature, first,
+                                     vocab_size), tp_group).flatten(0, 1)
+    highest_PB, total_PB, column_PB, score_PB, logit_PB, place_PB = parts_PBN.unbind(2)
+    highest_B = highest_PB.amax(0)
+    log_total_B = highest_B + (total_PB * (highest_PB - highest_B).exp()).sum(0).log()
     if sampling.temperature == 0:
-        return tokens_B, highest_B - log_total_B
+        tokens_B, drawn_B = _of_the_first(highest_PB, column_PB, highest_PB)
+    elif raced:
+        tokens_B, drawn_B = _of_the_first(score_PB, place_PB, logit_PB)
+    else:
+        tokens_B, drawn_B = _within_mass(logits_BV, sampling, keys_B, highest_B.float(), lowest_B, first, vocab_size,
+                                         tp_group)
+    return tokens_B.long(), (drawn_B - log_total_B).float()
+
+
+def own_parts(
+    logits_BV: Tensor, keys_B: Tensor | None, lowest_B: Tensor | None, temperature: float, first: int, vocab_size: int
+) -> Tensor:
+    """What this rank's columns, cut in parts, have to say of the token and of its probability.
+
+    Args:
+        logits_BV: float32.
+        keys_B: of the noise; None where nothing is drawn.
+        lowest_B: logit below which no token is drawn; None draws from all.
+        temperature: above 0 where anything is drawn.
+        first: the number of column 0 in the vocabulary.
+        vocab_size: columns at or above it are not there.
+
+    Returns:
+        [P, B, 6] in float64, which holds ids and float32 exactly. The highest logit (at least -1e30), the sum of
+        exp(logit - highest), the highest's column; of a draw the best `logit / temperature + noise`, its logit and its
+        column (the lowest of equals).
+    """
+    logits_BV = _masked(logits_BV, first, vocab_size)
+    highest_B, column_B = logits_BV.max(1)  # the first of equals
+    highest_B = highest_B.clamp(min=-1e30)  # a part of padding alone; its sum is 0
+    numbers = [highest_B, (logits_BV - highest_B[:, None]).exp_().sum(1), column_B + first]
+    if keys_B is None:
+        numbers += 3 * [torch.zeros_like(highest_B)]
+    else:
+        scores_BV = gumbel_noise(keys_B, first, logits_BV.shape[1]).double().add_(logits_BV.double().div_(temperature))
+        if lowest_B is not None:
+            scores_BV.masked_fill_(logits_BV < lowest_B[:, None], -torch.inf)
+        score_B, place_B = scores_BV.max(1)
+        numbers += [score_B, logits_BV.gather(1, place_B[:, None])[:, 0], place_B + first]
+    return torch.stack([each.double() for each in numbers], 1)[None]
+
+
+def _masked(logits_BV: Tensor, first: int, vocab_size: int) -> Tensor:
+    """A copy of the logits, without probability where columns are padding."""
+    columns_V = torch.arange(first, first + logits_BV.shape[1], device=logits_BV.device)
+    return logits_BV.masked_fill(columns_V >= vocab_size, -torch.inf)
+
+
+def _of_the_first(scores_PB: Tensor, *numbers: Tensor) -> list[Tensor]:
+    """Of each row's best part the numbers [B]; of equals the first, whose columns come first."""
+    best_1B = scores_PB.argmax(0, keepdim=True)
+    return [each_PB.gather(0, best_1B)[0] for each_PB in numbers]
+
+
+def _within_mass(
+    logits_BV: Tensor, sampling: Sampling, keys_B: Tensor, highest_B: Tensor, lowest_B: Tensor | None, first: int,
+    vocab_size: int, tp_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """The draw under top_p: ids_B and logits_B."""
+    logits_BV = _masked(logits_BV, first, vocab_size)
     tempered_BV = (logits_BV - highest_B[:, None]) / sampling.temperature  # <= 0
     # A row that is not finite is drawn anyhow, so that the race ends; its log-probability tells.
     tempered_BV.nan_to_num_(nan=0.0, neginf=-torch.inf)
-    if 0 < sampling.top_k < vocab_size:
-        lowest_B = _kth_value(logits_BV, sampling.top_k, tp_group)
+    if lowest_B is not None:
         tempered_BV.masked_fill_(logits_BV < lowest_B[:, None], -torch.inf)
     scores_BV = gumbel_noise(keys_B, first, logits_BV.shape[1]).add_(tempered_BV)
-    if sampling.top_p < 1:
-        tokens_B, drawn_B = _race_within_mass(scores_BV, logits_BV, tempered_BV, sampling.top_p, first, tp_group)
-    else:
-        tokens_B, drawn_B = _winner(scores_BV, logits_BV, first, tp_group)
-    return tokens_B, drawn_B - log_total_B
+    return _race_within_mass(scores_BV, logits_BV, tempered_BV, sampling.top_p, first, tp_group)
 
 
 def _winner(scores_BV: Tensor, logits_BV: Tensor, first: int, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,8 @@ def test_weights_and_cache_of_llama_8b():
         # As many prompt tokens as are taken at a time.
         widths = 5 * 14336 // tensor + 4 * 4096
         assert memory.phases["prefill"]["forward"] == 4096 * (widths * 2 + 128 * 4)
-        # Greedy: the logits and their copy without padding.
-        assert memory.phases["next tokens"]["logits"] == 32 * VOCABULARY // tensor * 8
+        # The logits alone; on a CPU with their copy without padding, too.
+        assert memory.phases["next tokens"]["logits"] == 32 * VOCABULARY // tensor * 4
     first, last = (generation_memory(generation(Parallel(pipeline=2)), stage) for stage in range(2))
     assert "next tokens" in last.phases and "next tokens" not in first.phases
     # Half of the layers, of twice as many rows.
@@ -148,8 +148,8 @@ def test_time_of_prefill_is_that_of_its_products():
 def test_each_collective_of_a_decoding_round_waits_for_its_link():
     task = generation(Parallel(tensor=2))
     slow, fast = (generation_time(cluster(latency_us=each), task).parts["decode"] for each in (10.0, 0.0))
-    # Two reductions a layer and the embedding's, two messages each; the best columns gathered, the sums reduced.
-    assert slow - fast == pytest.approx(240 * 23 / 24 * ((2 * 32 + 1) * 2 + 1 + 2) * 10e-6)
+    # Two reductions a layer and the embedding's, two messages each; what each rank's columns say gathered.
+    assert slow - fast == pytest.approx(240 * 23 / 24 * ((2 * 32 + 1) * 2 + 1) * 10e-6)
 
 
 def test_scoring_of_llama_8b():

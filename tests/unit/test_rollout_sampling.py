@@ -9,6 +9,7 @@ import torch
 
 from megakd.errors import ConfigError
 from megakd.rollout import Sampling
+from megakd.rollout import sampling as module
 from megakd.rollout.sampling import _GOLDEN, gumbel_noise, mix64, noise_keys, sample
 
 
@@ -173,8 +174,6 @@ def test_limits_are_greedy(changes):
 
 
 def test_a_flat_distribution_under_a_small_top_p_takes_few_rounds(monkeypatch):
-    from megakd.rollout import sampling as module
-
     rounds, real = [], module._winner
     monkeypatch.setattr(module, "_winner", lambda *arguments: rounds.append(1) or real(*arguments))
     logits_BV = torch.linspace(0, 1e-3, 20_000).expand(4, 20_000)
