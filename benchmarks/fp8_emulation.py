@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -96,7 +97,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The results as Markdown: the means of the last steps against float32's, then the loss of every step."""
+    """The results as Markdown: means beside bf16's and float32's, standard errors, the loss of every step."""
     runs, last = record["runs"], min(LAST, record["settings"]["steps"])
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     lines = [f"# Emulated FP8: SFT losses\n\n{settings}. {record['machine']['cpu']}.\n",
@@ -106,8 +107,7 @@ def table(record: dict[str, Any]) -> str:
         cells = []
         for exact in (runs.get(f"{precision}-tp{each['tensor']}") for precision in ("bf16", "fp32")):
             for steps in (last, len(each["loss"])):
-                off = None if exact is None else _off(each["loss"][-steps:], exact["loss"][-steps:])
-                cells.append("" if off is None else f"{100 * off:+.2f} %")
+                cells.append("" if exact is None else _off(each["loss"][-steps:], exact["loss"][-steps:]))
         lines.append(f"| {name} | {statistics.mean(each['loss'][-last:]):.5f} | {' | '.join(cells)} | "
                      f"{statistics.mean(each['tokens']):.0f} |")
     lines += ["", "| step | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
@@ -116,9 +116,12 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _off(losses: list[float], exact: list[float]) -> float:
-    """By how much a mean of losses is off."""
-    return statistics.mean(losses) / statistics.mean(exact) - 1
+def _off(losses: list[float], exact: list[float]) -> str:
+    """By how much a mean of losses is off, and its standard error from the steps' own differences: each step has other
+    rows, and what rounding does differs more between them than between recipes."""
+    steps = [one / other for one, other in zip(losses, exact, strict=True)]
+    error = statistics.stdev(steps) / math.sqrt(len(steps))
+    return f"{100 * (statistics.mean(losses) / statistics.mean(exact) - 1):+.2f} ± {100 * error:.2f} %"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ def test_the_table_compares_with_bf16_and_float32_of_the_same_layout(tmp_path):
                        "bf16-tp2": figures(2, [7.0] + [2.2] * 5), "mxfp8-tp2": figures(2, [6.0] + [2.4] * 5),
                        "mxfp8-tp4": figures(4, [4.4] * 6)}}
     lines = table(record).splitlines()
-    assert "| mxfp8-tp2 | 2.40000 | +9.09 % | +0.00 % | +20.00 % | +28.57 % | 255 |" in lines
+    against_bf16, against_fp32 = "+9.09 ± 0.00 % | +0.00 ± 3.90 %", "+20.00 ± 0.00 % | +28.57 ± 5.00 %"
+    assert f"| mxfp8-tp2 | 2.40000 | {against_bf16} | {against_fp32} | 255 |" in lines
     assert "| mxfp8-tp4 | 4.40000 |  |  |  |  | 255 |" in lines
     assert "| 1 | 4.00000 | 2.00000 | 2.20000 | 2.40000 | 4.40000 |" in lines
