@@ -43,7 +43,7 @@ def gumbel(key, columns):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first", "vocab_size"])  # rows finish one by one: no compiling for their number
 def _draw_program(
     out_ptr, logits_ptr, keys_ptr, lowest_ptr, row_stride, width, first, vocab_size, rows, temperature,
     DRAWN: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, NUMBERS: tl.constexpr,
