@@ -6,8 +6,7 @@ The environment variable MEGAKD_TEST_MODEL names the Hugging Face directory of t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.skipif("MEGAKD_TEST_MODEL" not in os.environ,
                                 reason="MEGAKD_TEST_MODEL names no model directory")
 
-ROWS, PROMPTS, MICRO_BATCH, SLOTS = 32, 16, 8, 10
+ROWS, PROMPTS, MICRO_BATCH, SLOTS = 16, 8, 8, 5
 DATA = Path(__file__).parents[2] / "examples" / "data" / "instructions.jsonl"
 LAYOUTS = {"tp1": Parallel(),
            "tp2 pp2 vpp2": Parallel(tensor=2, pipeline=2, virtual_pipeline=2, pad_heads=True)}
@@ -56,7 +55,7 @@ def tokenizer(directory):
 
 @pytest.fixture(scope="module")
 def groups(tokenizer) -> tuple[Group, ...]:
-    """The chosen answers of 32 rows: the shortest, for the time's sake."""
+    """The chosen answers of some rows: the shortest, for the time's sake."""
     rows = read_rows((DATA,), None, seed=1, answer="chosen")
     everything = preference_groups(rows, tokenizer, (Kind.CHOSEN,), max_length=512, too_long="error")
     return tuple(sorted(everything, key=lambda group: group.total_length)[:ROWS])
@@ -64,7 +63,7 @@ def groups(tokenizer) -> tuple[Group, ...]:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[Prompt]:
-    """16 prompts."""
+    """Those of some rows, whatever their length."""
     rows = read_rows((DATA,), PROMPTS, seed=2, answer="chosen")
     return [Prompt(number, tuple(tokenizer.encode(row.prompt, None, close=False)[0]))
             for number, row in enumerate(rows)]
@@ -72,7 +71,7 @@ def prompts(tokenizer) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def greedy(tokenizer) -> Sampling:
-    return Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=24, stop_ids=tokenizer.stop_ids, seed=0)
+    return Sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, max_new_tokens=16, stop_ids=tokenizer.stop_ids, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +85,15 @@ def exported(tmp_path_factory) -> Path:
 def _measure(directory: str, parallel: Parallel, groups: Sequence[Group], prompts: Sequence[Prompt],
              sampling: Sampling, export_to: Path | None) -> tuple[dict[int, list[float]] | None, list[tuple[int, ...]]]:
     """On each rank: the log-probs of each sequence's response (on the last stage), and the answers to the prompts."""
-    torch.set_num_threads(max(1, os.cpu_count() // dist.get_world_size()))
-    try:
-        model = cases.build(directory, parallel)
-        if export_to is not None:
-            export_model(
-                ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
-                list(map(model.parameters_of, range(len(model.chunks)))), layout=model.grid.layout, at=model.grid.at,
-                tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD)
-        with evaluating(model):
-            answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=SLOTS, pad_id=0)
-            return _log_probs(model, groups), [answer.tokens for answer in answers]
-    finally:
-        torch.set_num_threads(1)
+    model = cases.build(directory, parallel)
+    if export_to is not None:
+        export_model(
+            ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
+            list(map(model.parameters_of, range(len(model.chunks)))), layout=model.grid.layout, at=model.grid.at,
+            tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD)
+    with evaluating(model):
+        answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=SLOTS, pad_id=0)
+        return _log_probs(model, groups), [answer.tokens for answer in answers]
 
 
 def _log_probs(model: Model, groups: Sequence[Group]) -> dict[int, list[float]] | None:
@@ -129,17 +124,6 @@ def measured(request, directory, groups, prompts, greedy, exported):
 # ------------------------------------------------------------------------------------------------------ transformers
 
 
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def transformers_model(directory) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -151,7 +135,7 @@ def their_log_probs(transformers_model, groups) -> list[torch.Tensor]:
     samples = [group.samples[0] for group in groups]
     found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
     order = sorted(range(len(samples)), key=lambda number: len(samples[number].tokens))
-    with _all_cores():
+    with torch.no_grad():
         for start in range(0, len(order), MICRO_BATCH):
             numbers = order[start : start + MICRO_BATCH]
             lengths = [len(samples[number].tokens) for number in numbers]
@@ -174,7 +158,7 @@ def their_answers(transformers_model, prompts, greedy) -> list[list[int]]:
     width = max(len(prompt.tokens) for prompt in prompts)
     tokens = torch.tensor([[*[0] * (width - len(prompt.tokens)), *prompt.tokens] for prompt in prompts])
     attended = torch.tensor([[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts])
-    with _all_cores():
+    with torch.no_grad():
         output = transformers_model.generate(
             tokens, attention_mask=attended, do_sample=False, max_new_tokens=greedy.max_new_tokens,
             eos_token_id=list(greedy.stop_ids), pad_token_id=greedy.stop_ids[0])
@@ -211,7 +195,7 @@ def test_greedy_answers_are_those_of_transformers(measured, prompts, their_answe
         if list(mine) == theirs:
             continue
         place = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
-        with _all_cores():
+        with torch.no_grad():
             logits = transformers_model(torch.tensor([[*prompt.tokens, *theirs[:place]]])).logits[0, -1]
         best = logits.topk(2)
         gap = (best.values[0] - best.values[1]).item()

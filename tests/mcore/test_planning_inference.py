@@ -21,11 +21,11 @@ PP2 = Parallel(pipeline=2)
 TP2 = Parallel(tensor=2)
 GENERATIONS = {
     # name: (layout, answers of a prompt, length of prompts and answers, slots, temperature, top_k, top_p)
-    "one process, greedy": (Parallel(), 1, 60, 40, 16, 0.0, 0, 1.0),
+    "one process, greedy": (Parallel(), 1, 60, 8, 16, 0.0, 0, 1.0),
     "one process, drawn": (Parallel(), 1, 2, 6, 96, 1.0, 20, 1.0),
-    "tp2, greedy": (TP2, 1, 60, 40, 16, 0.0, 0, 1.0),
+    "tp2, greedy": (TP2, 1, 60, 8, 16, 0.0, 0, 1.0),
     "tp2, drawn": (TP2, 2, 2, 6, 96, 1.0, 20, 1.0),
-    "tp2, long answers": (TP2, 1, 2, 100, 16, 0.7, 0, 1.0),
+    "tp2, long answers": (TP2, 1, 2, 48, 16, 0.7, 0, 1.0),
     "pp2 vpp2, greedy": (Parallel(pipeline=2, virtual_pipeline=2), 1, 20, 12, 32, 0.0, 0, 1.0),
 }
 SCORINGS = {
