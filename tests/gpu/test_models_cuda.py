@@ -8,12 +8,15 @@ TF32 (tests/ranks.py).
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import TE_LINEAR_TYPES
 
 from benchmarks.gpu_parts import llama
 from benchmarks.measure import attention_backend, seconds_of
@@ -60,13 +63,16 @@ GRADIENTS_APART = {"fp32": 1e-4, "bf16": 0.05}
 """The same of a tensor's gradient."""
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory) -> dict[str, str]:
+def _models(folder: Path, layers: int = 2) -> dict[str, str]:
     """Sizes that FP8's products take: multiples of 128."""
-    folder = tmp_path_factory.mktemp("models")
-    sizes = {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "std": 0.06}
+    sizes = {"hidden": 256, "layers": layers, "heads": 4, "kv_heads": 2, "std": 0.06}
     return {role: str(make_llama(folder / role, seed=seed, tied=role == "student", **sizes))
             for seed, role in enumerate(("student", "teacher"))}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, str]:
+    return _models(tmp_path_factory.mktemp("models"))
 
 
 def distillation(directories: dict[str, str], precision: Precision = FP32, student: Parallel = WHOLE,
@@ -206,24 +212,46 @@ def test_recorded_passes_of_two_ranks(directories, device, parallel):
 # ----------------------------------------------------------------------------------------------------------- training
 
 
+LINEARS = 4
+"""Of a layer."""
+
+
+def _losses_of(case: Distillation) -> tuple[list[float], int]:
+    """The losses of a training, and how many of the student's linears by Transformer Engine multiply in FP8."""
+    job = Job(case)
+    losses = [job.step(number)["loss"] for number in range(case.steps)]
+    modules = (module for chunk in job.student.chunks for module in chunk.modules())
+    return losses, sum(module.fp8 for module in modules if isinstance(module, TE_LINEAR_TYPES))
+
+
 @pytest.fixture(scope="module")
-def losses_in_float32(directories) -> list[float]:
-    return [metrics["loss"] for metrics in run_ranks(1, curve, distillation(directories))[0]]
+def in_float32(tmp_path_factory, directories) -> Callable[[int], tuple[dict[str, str], list[float]]]:
+    """Models of so many layers, and the losses of a training of them in float32 on the CPU."""
+    @cache
+    def found(layers: int) -> tuple[dict[str, str], list[float]]:
+        models = directories if layers == 2 else _models(tmp_path_factory.mktemp("models"), layers)
+        return models, run_ranks(1, _losses_of, distillation(models))[0][0]
+
+    return found
 
 
 @pytest.mark.parametrize("device, name", [
     ("cpu", "bf16"), ("cpu", "delayed"),
     *(on_cuda(name, unless=lacking(precision.fp8_recipe)) for name, precision in PRECISIONS.items())])
-def test_a_training_goes_as_in_float32(directories, losses_in_float32, device, name):
-    precision = PRECISIONS[name]
+def test_a_training_goes_as_in_float32(in_float32, device, name):
+    precision, layers = PRECISIONS[name], 2
     if device == "cpu" and precision.dtype == "fp8":
         precision = precision.model_copy(update={"emulate": True})
-    metrics = run_ranks(1, curve, distillation(directories, precision), device=device)[0]
-    losses = [each["loss"] for each in metrics]
-    print(f"{device} {name}: losses {losses}, in float32 on the CPU {losses_in_float32}")
+    if precision.first_last_bf16:
+        layers = 2 * precision.first_last_bf16 + 1  # of fewer none would be in FP8
+    models, right = in_float32(layers)
+    losses, in_fp8 = run_ranks(1, _losses_of, distillation(models, precision), device=device)[0]
+    print(f"{device} {name}: losses {losses}, in float32 on the CPU {right}")
+    engine = device == "cuda" and precision.dtype == "fp8"
+    assert in_fp8 == (LINEARS * (layers - 2 * precision.first_last_bf16) if engine else 0)
     assert losses[0] - losses[-1] > 0.1, "the training does not train"
     # Twice what it is on a CPU: 0.010 in bf16, and of the emulated recipes 0.015.
-    assert losses == pytest.approx(losses_in_float32, rel=0.02 if name == "bf16" else 0.03)
+    assert losses == pytest.approx(right, rel=0.02 if name == "bf16" else 0.03)
 
 
 @pytest.mark.parametrize("device, name", [
