@@ -216,12 +216,14 @@ class GraphedDecoding:
         self._tokens_R1, self._positions_R1 = torch.zeros(2, cache.slots, 1, dtype=torch.int64, device=cache.device)
         shape = (1, cache.slots, model.config.hidden_size)
         self._received_1RH, self._hidden_1RH = torch.zeros(2, *shape, dtype=model.dtype, device=cache.device)
+        self._own_1R1 = torch.zeros(1, cache.slots, 1, dtype=model.dtype, device=cache.device)
         self._passes: dict[DecodingSize, Callable[[], None]] = {}
 
     def __call__(self, launch: Launch, part: int, tokens_R1: Tensor, positions_R1: Tensor, cache: KVCache,
                  hidden_1RH: Tensor | None) -> Tensor:
         """-> hidden [1, R, H] of a part, the caller's own. In slots that are not in use the first position is written:
-        what fills up the rows reads a token there.
+        what fills up the rows reads a token there, of which nothing is left but the model's biases. A token with which a
+        sequence begins has some of the largest numbers in a model, and one scale for all rows would follow them.
 
         Collectives: the part's own; where a size comes for the first time, those of `Recorder.record`.
         """
@@ -231,8 +233,11 @@ class GraphedDecoding:
         for buffer, numbers in ((self._tokens_R1, tokens_R1), (self._positions_R1, positions_R1)):
             buffer[:own].copy_(numbers)
             buffer[own : size.rows].zero_()
+        self._own_1R1[:, :own].fill_(1)
+        self._own_1R1[:, own:].zero_()
         if hidden_1RH is not None:
             self._received_1RH[:, :own].copy_(hidden_1RH)
+            self._received_1RH[:, own:].zero_()
         if size not in self._passes:
             self._passes[size] = self._record(size, launch, cache)
         self._passes[size]()
@@ -246,7 +251,8 @@ class GraphedDecoding:
 
         def call() -> None:
             cache.begin_next_tokens(positions_R1, size.length)
-            hidden_1RH.copy_(launch(size.part, tokens_R1, positions_R1, cache, received_1RH))
+            with self._embedded(chunk, size):
+                hidden_1RH.copy_(launch(size.part, tokens_R1, positions_R1, cache, received_1RH))
 
         chunk = self._chunks[size.part // self._stages]
         assert not chunk.training
@@ -254,6 +260,20 @@ class GraphedDecoding:
                     len(self._passes) + 1)
         with torch.no_grad(), _no_random_states(chunk):
             return self._recorder.record(call)
+
+
+    @contextmanager
+    def _embedded(self, chunk: HiddenGPT, size: DecodingSize) -> Iterator[None]:
+        """Has the first part embed what fills up the rows as zeros."""
+        if size.part > 0:
+            yield
+            return
+        own_1R1 = self._own_1R1[:, : size.rows]
+        hook = chunk.embedding.register_forward_hook(lambda _, __, hidden_1RH: hidden_1RH * own_1R1)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def replay_forward(model: Model, graph_tokens: int, recorder: Recorder) -> Model:
