@@ -222,8 +222,8 @@ class GraphedDecoding:
     def __call__(self, launch: Launch, part: int, tokens_R1: Tensor, positions_R1: Tensor, cache: KVCache,
                  hidden_1RH: Tensor | None) -> Tensor:
         """-> hidden [1, R, H] of a part, the caller's own. In slots that are not in use the first position is written:
-        what fills up the rows reads a token there, of which nothing is left but the model's biases. A token with which a
-        sequence begins has some of the largest numbers in a model, and one scale for all rows would follow them.
+        what fills up the rows reads a token there, of which nothing is left but the model's biases. A token with which
+        a sequence begins has some of the largest numbers in a model, and one scale for all rows would follow them.
 
         Collectives: the part's own; where a size comes for the first time, those of `Recorder.record`.
         """
