@@ -110,9 +110,9 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = "" if options.quickstart_models or options.small else "--quickstart-models is not given"
     found = [
         Part("te_smoke", 120, smoke or no_gpu), Part("environment", 75), Part("models", 90), Part("training:bf16", 90),
-        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("teacher_graphs", 90), Part("rollouts", 90),
-        Part("fused_losses", 150), Part("loss_kernels", 120), Part("tensor_parallel", 90, nccl),
-        Part("quickstart", 150, models),
+        *(Part(f"training:{recipe}", 90) for recipe in FP8), Part("fused_losses", 150), Part("loss_kernels", 120),
+        Part("tensor_parallel", 90, nccl), Part("quickstart", 150, models), Part("teacher_graphs", 90),
+        Part("rollouts", 90),
     ]
     if options.only:
         found = [part if part.name in options.only else Part(part.name, 0, "not among --only") for part in found]
