@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,13 @@ def is_of(module: str, *packages: str) -> bool:
 
 def test_files_are_found():
     assert len(LIBRARY) > 30 and len(FILES) > len(LIBRARY)
+
+
+def test_every_folder_of_tests_is_run(pytestconfig):
+    [run] = re.findall(r"addprefix tests/,([a-z0-9 ]+)\)", (ROOT / "Makefile").read_text())
+    folders = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").rglob("test_*.py")}
+    assert sorted(run.split()) == sorted(folders)
+    assert not folders & set(pytestconfig.getini("norecursedirs"))
 
 
 def test_files_are_short():
