@@ -120,7 +120,7 @@ def _off(losses: list[float], exact: list[float]) -> str:
     """By how much a mean of losses is off, and its standard error from the steps' own differences: each step has other
     rows, and what rounding does differs more between them than between recipes."""
     steps = [one / other for one, other in zip(losses, exact, strict=True)]
-    error = statistics.stdev(steps) / math.sqrt(len(steps))
+    error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
     return f"{100 * (statistics.mean(losses) / statistics.mean(exact) - 1):+.2f} ± {100 * error:.2f} %"
 
 

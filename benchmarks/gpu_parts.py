@@ -426,10 +426,11 @@ def rollouts(options: Options) -> None:
                          progress=lambda *_, ends=ends: ends.append(time.perf_counter()))
             passes = [end - begin for begin, end in pairwise(ends[-shapes.decoded :])]
             seconds[how] = {"pass_ms": 1e3 * statistics.median(passes), "seconds": ends[-1] - ends[0]}
-        weights = sum(each.numel() for name, each in model.parameters_of(0).items() if "embedding" not in name)
+        layers = {name: each for name, each in model.parameters_of(0).items() if name.startswith("decoder.")}
+        weights = sum(each.numel() for each in layers.values()) + model.head_VH.numel()
         cached = 2 * model.architecture.layers * model.architecture.kv_heads * model.architecture.head_dim
         positions = shapes.answers * (shapes.prompt + shapes.decoded // 2)
-        read_bytes = model.dtype.itemsize * (weights + model.head_VH.numel() + cached * positions)
+        read_bytes = model.dtype.itemsize * (weights + cached * positions)
         found["answers"].append({"role": role, "rows": shapes.answers, **seconds, "read_bytes": read_bytes})
         options.write(found)
 

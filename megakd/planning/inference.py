@@ -39,6 +39,7 @@ from megakd.planning.timing import (
 from megakd.planning.traffic import Call
 from megakd.planning.work import Lengths, MicroBatch, RoleWork, StepWork
 from megakd.rollout.engine import PREFILL_TOKENS
+from megakd.rollout.sampling import KERNEL_PART
 
 GREEDY_BYTES = 8
 """A column of a row while the likeliest token is looked for: the logit, and its copy without the padding's columns."""
@@ -48,8 +49,6 @@ made."""
 INTEGER_BYTES = 8
 DRAWN_BYTES = 8
 """Of each number that says what a part of a row's columns has drawn: told in float64."""
-KERNEL_PART = 4096
-"""Columns of a part: `BLOCK` of rollout/kernel.py, which only imports where Triton is."""
 COUNTED = (Kind.CHOSEN,)
 """A kind to count loss positions by, where it makes no difference which."""
 

@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-"""Columns of a part. A row of 128,256 has 32: a few rows fill a GPU, too."""
+from megakd.rollout import sampling
+
+BLOCK = sampling.KERNEL_PART
 WARPS = 8
 NUMBERS = 6
 """Of a part (`sampling.own_parts`)."""
 NOTHING = tl.constexpr(-1e30)
 """In the place of a logit that is not there: finite, and its exp is 0."""
-GOLDEN, MULTIPLY_1, MULTIPLY_2 = (
-    tl.constexpr(-0x61C8864680B583EB), tl.constexpr(-0x40A7B892E31B1A47), tl.constexpr(-0x6B2FB644ECCEEE15))
-"""0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB (`sampling.mix64`) as signed numbers."""
+GOLDEN = tl.constexpr(sampling._GOLDEN)
+MULTIPLY_1, MULTIPLY_2 = tl.constexpr(sampling._MULTIPLY_1), tl.constexpr(sampling._MULTIPLY_2)
 
 
 @triton.jit

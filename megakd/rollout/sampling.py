@@ -19,6 +19,9 @@ from torch.distributed import ProcessGroup
 
 from megakd.errors import ConfigError
 
+KERNEL_PART = 4096
+"""Columns of a part where CUDA draws (kernel.py). A row of 128,256 has 32: a few rows fill a GPU, too."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -119,14 +119,16 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     (1, Parallel(), "bf16", ""),
     (1, Parallel(), "delayed", ""),
     (2, Parallel(tensor=2, pad_heads=True, sequence=True), "delayed", ""),
+    (2, Parallel(tensor=2, pad_heads=True), "fp32", ""),
     (2, Parallel(pipeline=2), "fp32", ""),
     (2, Parallel(), "fp32", ""),
+    (2, Parallel(), "fp32", "reader"),
     (2, Parallel(), "bf16", ""),
     (2, Parallel(), "bf16", "writer"),
     (4, Parallel(tensor=2, pipeline=2, pad_heads=True, sequence=True), "fp32", ""),
     (4, Parallel(tensor=2, pad_heads=True, context=2), "bf16", "reader"),
     (4, Parallel(pipeline=2, virtual_pipeline=2), "fp32", "writer"),
-], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "pp2", "dp2", "dp2 bf16",
+], ids=["1", "1 bf16", "1 delayed", "tp2 sp delayed", "tp2", "pp2", "dp2", "dp2 offloaded", "dp2 bf16",
         "dp2 offloaded bf16", "tp2 sp pp2", "tp2 cp2 offloaded bf16", "pp2 vpp2 dp2 offloaded"])
 def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(tied, tmp_path, ranks, parallel, precision, offloads):
     results = run_ranks(ranks, _save_and_resume, training(tied, parallel, precision), str(tmp_path), offloads)
@@ -195,16 +197,16 @@ def saved(tied, untied, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
     return made
 
 
-@pytest.mark.parametrize("model, ranks, parallel", [
-    ("tied", 1, Parallel()),
-    ("tied", 2, Parallel()),
-    ("tied", 2, Parallel(tensor=2, pad_heads=True, sequence=True)),
-    ("untied", 2, Parallel(pipeline=2)),
-    ("tied", 4, Parallel(context=2)),
-    ("untied", 4, Parallel(tensor=4, pad_heads=True)),
-    ("tied", 4, Parallel(pipeline=2, virtual_pipeline=2)),
-    ("untied", 4, Parallel(pipeline=2, virtual_pipeline=2)),
-], ids=["1", "dp2", "tp2 sp", "untied pp2", "cp2 dp2", "untied tp4", "pp2 vpp2 dp2", "untied pp2 vpp2 dp2"])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("ranks, parallel", [
+    (1, Parallel()),
+    (2, Parallel()),
+    (2, Parallel(tensor=2, pad_heads=True, sequence=True)),
+    (2, Parallel(pipeline=2)),
+    (4, Parallel(context=2)),
+    (4, Parallel(tensor=4, pad_heads=True)),
+    (4, Parallel(pipeline=2, virtual_pipeline=2)),
+], ids=["1", "dp2", "tp2 sp", "pp2", "cp2 dp2", "tp4", "pp2 vpp2 dp2"])
 def test_another_layout_reads_the_same_numbers_and_goes_on(request, saved, model, ranks, parallel):
     folder, writers = saved[model]
     readers = run_ranks(ranks, _resume, training(request.getfixturevalue(model), parallel), str(folder))
@@ -218,7 +220,7 @@ def test_another_layout_reads_the_same_numbers_and_goes_on(request, saved, model
         for name, value in expected.items():
             worst = max(worst, abs(found[name] - value) / abs(value))
     assert worst < 1e-5
-    print(f"tp2 pp2 -> {request.node.callspec.id}: worst relative error of a metric {worst:.1e}")
+    print(f"{model}, tp2 pp2 -> {request.node.callspec.id}: worst relative error of a metric {worst:.1e}")
     assert {reader["adam_step"] for reader in readers} == {SAVED}
 
 

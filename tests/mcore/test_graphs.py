@@ -106,16 +106,19 @@ def _teachers(raw: dict, model: str) -> dict[str, object]:
         signals[kind] = [each.hidden_TH for each in teacher.signals(step, student, 2, pad_id=0) or ()]
         teacher.model.graphs = None
     others = (("teacher", "training"), ("teacher", "copy"), ("reference", "forward"))
-    return {"graphs": with_graphs, "rows": teacher.model.rows, "replayed": len(run._recorder.replayed), **signals,
-            "others": [run.load_model(role, model, use).graphs for role, use in others]}
+    loaded = [run.load_model(role, model, use) for role, use in others]
+    return {"decoding": [each.decode_recorder is run._recorder for each in (teacher.model, *loaded)],
+            "graphs": with_graphs, "rows": teacher.model.rows, "replayed": len(run._recorder.replayed), **signals,
+            "others": [each.graphs for each in loaded]}
 
 
 def test_a_run_records_the_passes_of_the_role_that_asks_for_it(tmp_path):
     raw = tiny_recipe(tmp_path) | {"device": "cuda", "precision": "bf16"}
-    raw["teacher"] |= {"cuda_graphs": True, "graph_tokens": 24}
+    raw["teacher"] |= {"cuda_graphs": True, "graph_tokens": 24, "decode_graphs": True}
     ranks = run_ranks(2, _teachers, raw, raw["reference"]["model"])
     for found in ranks:
         assert found["graphs"] and found["others"] == [None] * 3
+        assert found["decoding"] == [True, True, False, False]  # not where it is only copied, nor another role's
         assert (found["rows"], found["replayed"]) == (24, 4)
         assert len(found["recorded"]) == 4  # tensor 2 has one last stage on both ranks
         for recorded, launched in zip(found["recorded"], found["launched"], strict=True):

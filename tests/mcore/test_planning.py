@@ -25,6 +25,7 @@ CASES = {
     "one process, again": (1, DckdObjective(), Parallel(), Parallel(), (2, 4), "full"),
     "tp2": (2, DckdObjective(), TP2, Parallel(), (4, 2), "none"),
     "tp2 sp | tp2": (2, AdpaObjective(), SP2, TP2, (4, 4), "none"),
+    "tp2 sp": (2, DpoObjective(), SP2, SP2, (4, 4), "none"),
     "tp2 sp, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
     "pp2 | tp2 sp": (2, DpoObjective(), Parallel(pipeline=2), SP2, (2, 4), "none"),
     "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.config import Parallel
 from megakd.mcore import graphs
 from megakd.mcore.decoder import PipelineDecoder
-from megakd.mcore.model import evaluating, freeze
+from megakd.mcore.model import Model, evaluating, freeze
 from megakd.rollout import KVCache, Prompt, Rollout, Sampling, generate
 from tests.hf_models import architecture, random_tensors, write_model
 from tests.mcore import cases
@@ -120,12 +120,16 @@ FILLED_ROWS = {1: 1, 2: 2, 3: 4, 4: 4, 5: 5}
 class _Sizes(PipelineDecoder):
     """Writes down which recording each pass should take."""
 
+    def __init__(self, model: Model, longest: int):
+        super().__init__(model, longest)
+        self.sizes: list[tuple[int, ...]] = []
+
     def run(self, part: int, tokens_BS: Tensor, position_ids_BS: Tensor, cache: KVCache,
             hidden_SBH: Tensor | None) -> Tensor:
         rows, columns = tokens_BS.shape
         if columns == 1 and position_ids_BS.max() > 0:
             filled = min(-(-int(position_ids_BS.max() + 1) // 8) * 8, cache.max_length)
-            self.sizes = [*getattr(self, "sizes", []), (id(cache), part, rows, FILLED_ROWS[rows], filled)]
+            self.sizes.append((id(cache), part, rows, FILLED_ROWS[rows], filled))
         return super().run(part, tokens_BS, position_ids_BS, cache, hidden_SBH)
 
 

@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from megakd.planning import inference  # noqa: E402
 from megakd.rollout import Sampling, kernel, sampling  # noqa: E402
 from megakd.rollout.kernel import gumbel  # noqa: E402
 from megakd.rollout.sampling import gumbel_noise, noise_keys, own_parts, sample  # noqa: E402
@@ -38,10 +37,6 @@ def _logits(rows: int, width: int) -> torch.Tensor:
 def _noise_program(out_ptr, key_ptr, first, BLOCK: tl.constexpr):
     columns = first + tl.arange(0, BLOCK).to(tl.int64)
     tl.store(out_ptr + tl.arange(0, BLOCK), gumbel(tl.load(key_ptr), columns))
-
-
-def test_plans_know_its_parts():
-    assert inference.KERNEL_PART == kernel.BLOCK
 
 
 @pytest.mark.parametrize("first", [0, 128_000])
