@@ -261,7 +261,6 @@ class GraphedDecoding:
         with torch.no_grad(), _no_random_states(chunk):
             return self._recorder.record(call)
 
-
     @contextmanager
     def _embedded(self, chunk: HiddenGPT, size: DecodingSize) -> Iterator[None]:
         """Has the first part embed what fills up the rows as zeros."""
