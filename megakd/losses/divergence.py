@@ -187,17 +187,15 @@ class AdaptiveKL(RowLoss):
     Tokens by falling P, equal ones by rising id: the head is the longest prefix of a total of at most mu, and never
     empty. w_h is the head's share of sum |P - Q|, w_l = 1 - w_h.
 
-    Nothing is sorted but a few tokens. The first pass adds up P over BINS spans of logits between a row's smallest and
-    largest one, which tells the bin that the head ends in. The second pass adds up the gap of the bins before it, and
-    brings together that bin's own tokens, CANDIDATES of a rank at most. Where a rank has more of them (many equal
-    logits), further all-reduces bring those whole rows together: as exact, but slower. Asking whether that is so waits
-    for the device.
+    Nothing is sorted but a few tokens. The first pass adds up P over BINS spans of logits from a row's largest one down
+    to where the head has ended in any case (`_span`), which tells the bin that it ends in. The second pass adds up the
+    gap of the bins before it, and brings together that bin's own tokens, CANDIDATES of a rank at most. Where a rank
+    has more of them (many equal logits), further all-reduces bring those whole rows together: as exact, but slower.
+    Asking whether that is so waits for the device.
     """
 
     BINS: ClassVar[int] = 1024
     CANDIDATES: ClassVar[int] = 256
-    SPAN: ClassVar[float] = 40.0
-    """Logits that are lower than a row's largest by more than this share the last bin."""
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 3
     passes: ClassVar[int] = 2
@@ -227,7 +225,8 @@ class AdaptiveKL(RowLoss):
         mass_CB = teacher_CV.new_zeros(len(teacher_CV), self.BINS)
         # By way of int32, which takes a CPU half the time (measured). NaN becomes the least number: it gets a bin too,
         # so that it is named later by its role instead of being an index out of range.
-        bins_CV = self._places(teacher_CV, *state_SC[1:3], out=log_ratio_CV).int().clamp_(0, self.BINS - 1)
+        bins_a_logit_C = self._bins_a_logit(*state_SC[1:3], block)
+        bins_CV = self._places(teacher_CV, state_SC[1], bins_a_logit_C, out=log_ratio_CV).int().clamp_(0, self.BINS - 1)
         mass_CB.scatter_add_(1, bins_CV.long(), teacher_exp_CV)
         return torch.cat([torch.stack(local), mass_CB.t()])
 
@@ -241,7 +240,8 @@ class AdaptiveKL(RowLoss):
             totals_BC = (sums_SC[4:].double() / teacher_sum_C.double()).cumsum(0)
             last_bin_C = (totals_BC <= self.mu).sum(0).clamp_(max=self.BINS - 1)
             before_C = torch.cat([torch.zeros_like(totals_BC[:1]), totals_BC]).gather(0, last_bin_C[None])[0]
-            numbers = [lse_C, teacher_lse_C, reverse_C, forward_C, teacher_max_C, teacher_low_C, last_bin_C, before_C]
+            ends = [teacher_max_C, self._bins_a_logit(teacher_max_C, teacher_low_C, chunk), last_bin_C, before_C]
+            numbers = [lse_C, teacher_lse_C, reverse_C, forward_C, *ends]
             return torch.stack([number.to(max_C.dtype) for number in numbers])
         lse_C, teacher_lse_C, reverse_C, forward_C = state_SC[:4]
         gap_C, head_gap_C = sums_SC[0], sums_SC[1] + self._gap_in_last_bin(state_SC, sums_SC[2:], chunk)
@@ -268,25 +268,32 @@ class AdaptiveKL(RowLoss):
         local = [*(sums_SPC[:2] * shift_RPC[:2].exp()).sum(1)]
         for cross_PC, sum_PC, own_PC in zip(sums_SPC[2:4], sums_SPC[:2], shift_RPC[:2], strict=True):
             local.append(shifted_cross(cross_PC, sum_PC, ratio_PC, own_PC).sum(0))
-        mass_BC = kernels().bin_masses(chunk, state_SC[1], self._bins_a_logit(*state_SC[1:3]), self.BINS)
+        bins_a_logit_C = self._bins_a_logit(*state_SC[1:3], chunk)
+        # A rank's own part of the sum is less than the sum, so what is beyond the head by it is beyond it.
+        ends_C = ((self._span(chunk) - local[1].log()) * bins_a_logit_C).clamp_(max=self.BINS)
+        mass_BC = kernels().bin_masses(chunk, torch.stack([state_SC[1], bins_a_logit_C, ends_C]), self.BINS)
         return torch.cat([torch.stack(local), mass_BC])
 
     def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
-        lse_C, teacher_lse_C, _, _, teacher_max_C, teacher_low_C, last_bin_C = state_SC[:7]
-        ends = [teacher_max_C, self._bins_a_logit(teacher_max_C, teacher_low_C), last_bin_C, self._end(last_bin_C)]
-        numbers_6C = torch.stack([lse_C, teacher_lse_C, *ends])
+        numbers_6C = torch.cat([state_SC[:2], state_SC[4:7], self._end(state_SC[6])[None]])
         gaps_2C, own_3KC, counts_C = kernels().bin_gaps(chunk, numbers_6C, self.CANDIDATES)
         return self._packed(gaps_2C, own_3KC, counts_C, chunk)
 
-    def _places(self, teacher_CV: Tensor, max_C: Tensor, low_C: Tensor, *, out: Tensor) -> Tensor:
+    def _places(self, teacher_CV: Tensor, max_C: Tensor, bins_a_logit_C: Tensor, *, out: Tensor) -> Tensor:
         """Where each local column lies among the bins: its bin is the whole part, but at most the last one.
 
         Rises where the logit falls, is the same for equal logits.
         """
-        return torch.sub(max_C[:, None], teacher_CV, out=out).mul_(self._bins_a_logit(max_C, low_C)[:, None])
+        return torch.sub(max_C[:, None], teacher_CV, out=out).mul_(bins_a_logit_C[:, None])
 
-    def _bins_a_logit(self, max_C: Tensor, low_C: Tensor) -> Tensor:
-        return self.BINS / (max_C + low_C).clamp(min=1e-3, max=self.SPAN)
+    def _bins_a_logit(self, max_C: Tensor, low_C: Tensor, chunk: Chunk) -> Tensor:
+        """Of the span from a row's largest logit to its smallest one, or to where the head has ended."""
+        return self.BINS / (max_C + low_C).clamp(min=1e-3, max=self._span(chunk))
+
+    def _span(self, chunk: Chunk) -> float:
+        """How far below log sum exp a logit is beyond the head. V tokens of P < (1 - mu) / 1.1 V are together less than
+        what the head leaves over, by a tenth, which no rounding makes up for: it ends among the others."""
+        return math.log(1.1 * chunk.columns.vocab_size / (1.0 - self.mu))
 
     def _end(self, last_bin_C: Tensor) -> Tensor:
         """Where each row's last bin ends: the last of all has no end."""

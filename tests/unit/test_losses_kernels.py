@@ -185,6 +185,39 @@ def test_akl_breaks_ties_by_the_lower_id():
         torch.testing.assert_close(value_T.double(), reference.divergence("akl", student_TV, teacher_TV, mu=mu))
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.5, 0.999])
+def test_akl_adds_up_what_may_be_in_the_head_alone(mu, monkeypatch):
+    """Its bins are those of a plain histogram down to where they end, which is beyond the head's end."""
+    monkeypatch.setattr(launch, "BLOCK", 512)
+    found = []
+
+    def bin_masses(chunk, numbers_3C, bins):
+        found.append((numbers_3C, launch_masses(chunk, numbers_3C, bins)))
+        return found[-1][1]
+
+    launch_masses = launch.bin_masses
+    monkeypatch.setattr(importlib.import_module("megakd.losses.kernels"), "bin_masses", bin_masses)
+    generator = torch.Generator().manual_seed(7)
+    # From hardly any difference to a few tokens that have all of P, at an odd width.
+    spreads_T1 = torch.tensor([0.01, 1.0, 3.0, 12.0])[:, None]
+    student_TV, teacher_TV = (torch.randn(4, 1999, generator=generator).mul(spreads_T1).to(DEVICE) for _ in range(2))
+    value_T = losses.divergence("akl", student_TV, teacher_TV, mu=mu)
+    right_T = reference.divergence("akl", student_TV.double().cpu(), teacher_TV.double().cpu(), mu=mu)
+    torch.testing.assert_close(value_T.double().cpu(), right_T, rtol=1e-5, atol=1e-6)
+    ((numbers_3C, mass_BC),) = found
+    (max_C, bins_a_logit_C, ends_C), mass_BC = numbers_3C.double().cpu(), mass_BC.double().cpu()
+    places_CV = (max_C[:, None] - teacher_TV.double().cpu()) * bins_a_logit_C[:, None]
+    mass_CV = (teacher_TV.double().cpu() - max_C[:, None]).exp()
+    for row, end in enumerate(ends_C.tolist()):
+        inside_V = places_CV[row] < end
+        # A number on the border of two bins is in either: no more than a few are.
+        plain_B = torch.histogram(places_CV[row][inside_V], 1024, range=(0.0, 1024.0), weight=mass_CV[row][inside_V])[0]
+        assert (mass_BC[:, row].cumsum(0) - plain_B.cumsum(0)).abs().max() < 2e-3 * plain_B.sum()
+        torch.testing.assert_close(mass_BC[:, row].sum(), plain_B.sum(), rtol=2e-5, atol=1e-9)
+        assert plain_B.sum() / mass_CV[row].sum() > mu
+    assert (places_CV[3] < ends_C[3]).sum() < 1999 / 4
+
+
 # ------------------------------------------------------------------------------------------------------ when they run
 @ALL
 def test_the_kernels_are_taken_where_they_are_meant_to_be(loss, monkeypatch):
