@@ -22,26 +22,22 @@ MASS_UNIT = tl.constexpr(float(2**40))
 
 
 @triton.jit
-def _log_of_one_and(tiny):
-    """log(1 + x) for x in [0, 1], to the last digits of small x too: 2 artanh(x / (2 + x)).
-
-    The series' first term that is left out is 1e-9 of the first one at x = 1.
-    """
-    ratio = tiny / (2.0 + tiny)
-    square = ratio * ratio
-    series = square * (1.0 / 15.0) + 1.0 / 13.0
-    series = series * square + 1.0 / 11.0
-    series = series * square + 1.0 / 9.0
-    series = series * square + 1.0 / 7.0
-    series = series * square + 1.0 / 5.0
-    series = series * square + 1.0 / 3.0
-    return 2.0 * ratio * (series * square + 1.0)
-
-
-@triton.jit
 def _softplus_of_minus_abs(x):
-    """log(1 + exp(-|x|))."""
-    return _log_of_one_and(tl.exp(-tl.abs(x)))
+    """log(1 + exp(-|x|)), to the last digits where that is small, too.
+
+    log(1 + y) / y over [0, 1] by the polynomial of degree 8 that is nearest to it: its relative error is 3e-8 (found by
+    Remez' exchange), and 2.1e-7 with its float32 sums. A logarithm would lose y's digits in 1 + y.
+    """
+    y = tl.exp(-tl.abs(x))
+    quotient = y * 0.0052326943 - 0.029505239
+    quotient = quotient * y + 0.078225952
+    quotient = quotient * y - 0.13663246
+    quotient = quotient * y + 0.19106007
+    quotient = quotient * y - 0.24842982
+    quotient = quotient * y + 0.33319097
+    quotient = quotient * y - 0.49999493
+    quotient = quotient * y + 0.99999997
+    return quotient * y
 
 
 @triton.jit
