@@ -189,9 +189,9 @@ class AdaptiveKL(RowLoss):
 
     Nothing is sorted but a few tokens. The first pass adds up P over BINS spans of logits from a row's largest one down
     to where the head has ended in any case (`_span`), which tells the bin that it ends in. The second pass adds up the
-    gap of the bins before it, and brings together that bin's own tokens, CANDIDATES of a rank at most. Where a rank
-    has more of them (many equal logits), further all-reduces bring those whole rows together: as exact, but slower.
-    Asking whether that is so waits for the device.
+    gap of the bins before it, and brings together that bin's own tokens, of each rank an equal share of CANDIDATES at
+    most. Where a rank has more of them (many equal logits), further all-reduces bring those whole rows together: as
+    exact, but slower. Asking whether that is so waits for the device.
     """
 
     BINS: ClassVar[int] = 1024
@@ -276,8 +276,9 @@ class AdaptiveKL(RowLoss):
 
     def kernel_sums(self, number: int, chunk: Chunk, state_SC: Tensor) -> Tensor:
         numbers_6C = torch.cat([state_SC[:2], state_SC[4:7], self._end(state_SC[6])[None]])
-        gaps_2C, own_3KC, counts_C = kernels().bin_gaps(chunk, numbers_6C, self.CANDIDATES)
-        return self._packed(gaps_2C, own_3KC, counts_C, chunk)
+        gaps_2C, own_3KC, counts_C = kernels().bin_gaps(chunk, numbers_6C, self._candidates(chunk))
+        by_id_KC = own_3KC[1].argsort(0)
+        return self._packed(gaps_2C, own_3KC[::2].gather(1, by_id_KC.expand(2, -1, -1)), counts_C, chunk)
 
     def _places(self, teacher_CV: Tensor, max_C: Tensor, bins_a_logit_C: Tensor, *, out: Tensor) -> Tensor:
         """Where each local column lies among the bins: its bin is the whole part, but at most the last one.
@@ -295,6 +296,10 @@ class AdaptiveKL(RowLoss):
         what the head leaves over, by a tenth, which no rounding makes up for: it ends among the others."""
         return math.log(1.1 * chunk.columns.vocab_size / (1.0 - self.mu))
 
+    def _candidates(self, chunk: Chunk) -> int:
+        """Tokens that a rank can tell of in a row."""
+        return -(-self.CANDIDATES // group_size_and_rank(chunk.columns.group)[0])
+
     def _end(self, last_bin_C: Tensor) -> Tensor:
         """Where each row's last bin ends: the last of all has no end."""
         return (last_bin_C + 1).masked_fill_(last_bin_C == self.BINS - 1, float("inf"))
@@ -302,7 +307,7 @@ class AdaptiveKL(RowLoss):
     def _gaps(self, block: Chunk, state_SC: Tensor) -> Tensor:
         """|P - Q| of all tokens, of those in the bins before the head's last, and this rank's tokens in the last one.
 
-        The latter as [3 * ranks * CANDIDATES + 1, C]: logit, id and gap of each, 0 in the place of other ranks, then
+        The latter as [2 * ranks * K + 1, C]: logit and gap of each by rising id, 0 in the place of other ranks, then
         how many did not fit.
         """
         (student_CV, teacher_CV), (gap_CV, spare_CV, before_CV) = block.logits, block.spares
@@ -320,28 +325,25 @@ class AdaptiveKL(RowLoss):
 
         counts_C = torch.bincount(rows_N, minlength=len(gap_CV))
         places_N = torch.arange(len(rows_N), device=rows_N.device) - (counts_C.cumsum(0) - counts_C)[rows_N]
-        # What does not fit goes to one more place, which is cut off. float32 holds whole numbers up to 2^24.
-        own = gap_CV.new_zeros(3, self.CANDIDATES + 1, len(gap_CV))
+        # What does not fit goes to one more place, which is cut off.
+        candidates = self._candidates(block)
+        own = gap_CV.new_zeros(2, candidates + 1, len(gap_CV))
         own[0] = float("-inf")
-        ids_N = (columns_N + block.columns.first).to(gap_CV.dtype)
-        own[:, places_N.clamp_(max=self.CANDIDATES), rows_N] = torch.stack([logits_N, ids_N, gaps_N])
+        own[:, places_N.clamp_(max=candidates), rows_N] = torch.stack([logits_N, gaps_N])
         return self._packed(torch.stack([gap_C, before_C]), own[:, :-1], counts_C, block)
 
-    def _packed(self, gaps_2C: Tensor, own_3KC: Tensor, counts_C: Tensor, block: Chunk) -> Tensor:
+    def _packed(self, gaps_2C: Tensor, own_2KC: Tensor, counts_C: Tensor, block: Chunk) -> Tensor:
         """What `_gaps` returns, of this rank's sums, its tokens in the last bin, and how many it has there."""
         size, rank = group_size_and_rank(block.columns.group)
-        packed = own_3KC.new_zeros(3, size, *own_3KC.shape[1:])
-        packed[:, rank] = own_3KC
-        missing_C = (counts_C - self.CANDIDATES).clamp(min=0).to(own_3KC.dtype)
+        packed = own_2KC.new_zeros(2, size, *own_2KC.shape[1:])
+        packed[:, rank] = own_2KC
+        missing_C = (counts_C - own_2KC.shape[1]).clamp(min=0).to(own_2KC.dtype)
         return torch.cat([gaps_2C, packed.flatten(0, 2), missing_C[None]])
 
     def _gap_in_last_bin(self, state_SC: Tensor, packed: Tensor, chunk: Chunk) -> Tensor:
         """The head's gap [C] within its last bin."""
-        values_CG, ids_CG, gaps_CG = packed[:-1].unflatten(0, (3, -1)).transpose(1, 2)
-        lse_C, before_C = state_SC[1], state_SC[7]
-        order_CG, size_C1 = self._head(values_CG, ids_CG, lse_C, before_C)
-        places_G = torch.arange(values_CG.shape[1], device=values_CG.device)
-        gap_C = (gaps_CG.gather(1, order_CG) * (places_G < size_C1)).sum(1)
+        values_CG, gaps_CG = packed[:-1].unflatten(0, (2, -1)).transpose(1, 2)
+        gap_C = self._gap_of_head(values_CG, gaps_CG, state_SC)
         short_C = packed[-1] > 0
         if bool(short_C.any()):
             gap_C[short_C] = self._gap_of_whole_rows(state_SC[:, short_C], short_C, chunk)
@@ -358,20 +360,16 @@ class AdaptiveKL(RowLoss):
         whole[0, :, here] = teacher_CV.masked_fill(bins_CV != state_SC[6][:, None], float("-inf"))
         whole[1, :, here] = gap_CV.abs()
         values, gaps = sum_over_ranks(whole, columns)
-        ids = torch.arange(columns.vocab_size, device=whole.device).to(whole.dtype).expand_as(values)
-        order, size_C1 = self._head(values, ids, state_SC[1], state_SC[7])
-        return (gaps.gather(1, order) * (ids < size_C1)).sum(1)
+        return self._gap_of_head(values, gaps, state_SC)
 
-    def _head(
-        self, values_CG: Tensor, ids_CG: Tensor, lse_C: Tensor, before_C: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Order [C, G] of a bin's tokens, and how many [C, 1] of them belong to the head; -inf stands for no token."""
-        by_id_CG = ids_CG.argsort(dim=1, stable=True)
-        by_value_CG = values_CG.gather(1, by_id_CG).argsort(dim=1, descending=True, stable=True)
-        order_CG = by_id_CG.gather(1, by_value_CG)
-        totals_CG = (values_CG.gather(1, order_CG).double() - lse_C.double()[:, None]).exp().cumsum(1)
-        sizes_C1 = (totals_CG + before_C.double()[:, None] <= self.mu).sum(1, keepdim=True)
-        return order_CG, torch.where(before_C[:, None] > 0, sizes_C1, sizes_C1.clamp(min=1))
+    def _gap_of_head(self, values_CG: Tensor, gaps_CG: Tensor, state_SC: Tensor) -> Tensor:
+        """The gaps' sum [C] of those of a bin's tokens, given by rising id, that belong to the head; -inf stands for no
+        token."""
+        lse_C1, before_C1 = state_SC[1].double()[:, None], state_SC[7].double()[:, None]
+        ordered_CG, order_CG = values_CG.sort(dim=1, descending=True, stable=True)
+        in_head_CG = (ordered_CG.double() - lse_C1).exp().cumsum(1) + before_C1 <= self.mu
+        in_head_CG[:, :1] |= before_C1 == 0  # never empty
+        return (gaps_CG.gather(1, order_CG) * in_head_CG).sum(1)
 
 
 def shifted_cross(cross_PC: Tensor, sum_PC: Tensor, ratio_shift_PC: Tensor, shift_PC: Tensor) -> Tensor:
