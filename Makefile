@@ -41,7 +41,7 @@ test: models
 GPU_OPTIONS ?=
 gpu: models
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu --quickstart-models $(MODELS) $(GPU_OPTIONS)
-	$(BIN)/python -m pytest -q -rs -s tests/gpu
+	MEGAKD_FP8_GOLDENS=runs/gpu/fp8_operands.json $(BIN)/python -m pytest -q -rs -s tests/gpu
 
 check: venv
 	$(BIN)/ruff check .
