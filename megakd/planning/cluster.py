@@ -47,6 +47,8 @@ class Device(Section):
     """Of the attention kernel over the pairs that a causal mask leaves; a sequence's length is the side."""
     layer_forward_us: float = Field(ge=0)
     """That a layer's forward pass takes however little it does: Python, and the calls of its kernels."""
+    layer_replayed_us: float | None = Field(None, ge=0)
+    """The same of a forward pass that is replayed from a CUDA graph: what its kernels wait for each other."""
     layer_backward_us: float = Field(ge=0)
     """The same of its backward pass."""
     step_ms: float = Field(ge=0)

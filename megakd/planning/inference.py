@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from megakd.batch import Kind
+from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory import Memory, forward_bytes, forward_weights
 from megakd.planning.setup import STATISTICS_BYTES, LossCall, RoleSetup, TrainingSetup
@@ -75,6 +76,8 @@ class Generation:
     """Whether one is set."""
     dtype: str
     device: str
+    replayed: bool = False
+    """Whether passes of one token a row are replayed from CUDA graphs (`decode_graphs`)."""
 
     @property
     def answers(self) -> int:
@@ -237,23 +240,36 @@ def generation_time(cluster: Cluster, task: Generation) -> StepTime:
 
     A pass of decoding reads all weights, and the keys and values of its rows up to the position of the longest one; its
     products and its collectives are those of as many positions as rows. Passes that are under way together take as long
-    as one of them, or as the slowest stage takes for each of them.
+    as one of them, or as the slowest stage takes for each of them. Replayed passes are as long as launched ones but for
+    the host; recording them, and the rows and positions that they are filled up to, are not counted.
+
+    Raises:
+        ConfigError: passes are replayed, and the description does not say what that takes.
     """
-    def together(tokens: float, rows: float, **attended: float) -> float:
-        stages = _stage_seconds(cluster, task, tokens, rows, **attended)
+    def together(tokens: float, rows: float, host_us: float, **attended: float) -> float:
+        stages = _stage_seconds(cluster, task, tokens, rows, host_us, **attended)
         return max(sum(stages), task.companies * max(stages))
 
     passes, prompts = _prefills(task)
     tokens = min(prompts * task.mean.prompt, max(PREFILL_TOKENS, task.longest.prompt))
     prefill = passes / task.companies * together(tokens, min(prompts * task.n, task.rows),
+                                                 cluster.device.layer_forward_us,
                                                  pairs=tokens * (task.mean.prompt + 1) / 2, read=0.0)
     rows = task.answers * task.mean.answer / task.rounds / task.companies
     # The longest row: of the first answers it grows to the longest answer, later it is near that.
     longest = task.mean.prompt + task.longest.answer * (1 - task.longest.answer / (2 * task.rounds))
     # A query for each row; the first token of an answer comes from the prefill.
     share = max(0.0, 1 - 1 / task.mean.answer)
-    decode = task.rounds * share * together(rows, rows, pairs=rows * longest, read=rows * longest)
+    host_us = _replayed_us(cluster) if task.replayed else cluster.device.layer_forward_us
+    decode = task.rounds * share * together(rows, rows, host_us, pairs=rows * longest, read=rows * longest)
     return StepTime({"prefill": prefill, "decode": decode})
+
+
+def _replayed_us(cluster: Cluster) -> float:
+    if cluster.device.layer_replayed_us is None:
+        raise ConfigError("device.layer_replayed_us", None, "a role's decode_graphs is planned by it",
+                          f"Add it to the description of {cluster.name}, or leave decode_graphs out")
+    return cluster.device.layer_replayed_us
 
 
 def _prefills(task: Generation) -> tuple[float, float]:
@@ -275,7 +291,7 @@ def _prefills(task: Generation) -> tuple[float, float]:
     return passes, read / passes
 
 
-def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, *, pairs: float,
+def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, host_us: float, *, pairs: float,
                    read: float) -> list[float]:
     """A forward pass on each stage, on the last with the draw of a token for each of `rows`.
 
@@ -284,6 +300,7 @@ def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: floa
         task: what is generated.
         tokens: positions.
         rows: responses that are given a token.
+        host_us: what a layer takes however little it does.
         pairs: (position, attended position) pairs.
         read: positions whose keys and values are read from the cache.
     """
@@ -295,7 +312,7 @@ def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: floa
     layer = (products_seconds(cluster, task.dtype, tokens, layer_products(widths))
              + max(attention_seconds(cluster, widths, pairs, pairs / tokens), cached)
              + passes_seconds(cluster, setup, widths, tokens, 1))
-    layer += waiting_for_calls(setup, cluster.device.layer_forward_us * 1e-6, layer)
+    layer += waiting_for_calls(setup, host_us * 1e-6, layer)
     seconds = [sum(shard.layers for shard in role.shards(stage, setup.spec)) * layer
                + sum(call_seconds(cluster, call, link_of(cluster, role, call.axis))
                      for call in generation_traffic(task, stage, tokens, rows) if call.operation != "receive")

@@ -57,7 +57,8 @@ def generation_of_stage(recipe: Recipe, stage: GenerateStage, world: int, prompt
     role = _answering(role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world))
     longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
     return Generation(role, stage.slots, prompts, stage.n, _drawn(mean, longest), longest, stage.temperature > 0,
-                      stage.top_k, stage.top_p < 1, recipe.precision.dtype, recipe.device)
+                      stage.top_k, stage.top_p < 1, recipe.precision.dtype, recipe.device,
+                      recipe.role(stage.role).decode_graphs)
 
 
 def _answering(role: RoleSetup) -> RoleSetup:
@@ -154,7 +155,8 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
         longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
         drawn = Generation(_answering(role), stage.slots, prompts, 1, _drawn(mean, longest), longest,
                            sampling is not None, sampling.top_k if sampling else 0,
-                           sampling is not None and sampling.top_p < 1, recipe.precision.dtype, recipe.device)
+                           sampling is not None and sampling.top_p < 1, recipe.precision.dtype, recipe.device,
+                           recipe.student.decode_graphs)
         models[label] = (drawn, _pass(recipe, stage, role, rows, mean, 2), _pass(recipe, stage, role, prompts, mean, 1))
     teachers = {name: role_setup(recipe, name, architecture_of(recipe, recipe.role(name).model), world)
                 for name in ("teacher", "reference") if stage.teacher}

@@ -118,6 +118,21 @@ def test_time_of_decoding_is_that_of_reading_weights_and_cache():
     assert generation_time(cluster(memory_gb_s=rate), task).parts["decode"] == pytest.approx(expected, rel=0.01)
 
 
+def test_recorded_passes_do_not_wait_for_the_host():
+    launched, fields = generation(Parallel()), cluster(memory_gb_s=2000.0).model_dump()
+    free = generation_time(Cluster.model_validate(fields), launched)
+    fields["device"]["layer_forward_us"] = 1e6
+    slow, replayed = Cluster.model_validate(fields), replace(launched, replayed=True)
+    with pytest.raises(ConfigError, match="device.layer_replayed_us = None.*decode_graphs"):
+        generation_time(slow, replayed)
+    # A second a layer, for a layer's 0.2 ms: 240 rounds, of whose tokens 1 of 24 comes from the prefill.
+    waiting = generation_time(slow, launched).parts
+    assert waiting["decode"] == pytest.approx(240 * 23 / 24 * 32, rel=0.01)
+    fields["device"]["layer_replayed_us"] = 0.0
+    recorded = generation_time(Cluster.model_validate(fields), replayed).parts
+    assert recorded == {"prefill": waiting["prefill"], "decode": free.parts["decode"]}
+
+
 def test_stages_of_a_pipeline_decode_beside_each_other():
     # Two passes of 32 rows are under way: each tick is one of the last stage, which has the head and draws as well.
     task, rate = generation(Parallel(pipeline=2)), 2000.0
@@ -202,6 +217,11 @@ def test_stages_of_a_recipe(tmp_path):
     assert (answering.role.parallel, answering.answers) == (made.role.parallel, 10)
     drawn, held, _ = evaluation_of_stage(wide, stages["eval"], 4, 4, Lengths(20, 8), 40).models["start"]
     assert (drawn.role.parallel, held.role.parallel) == (made.role.parallel, cut.forward)
+    graphs = recipe.model_copy(update={"student": recipe.student.model_copy(update={"decode_graphs": True})})
+    for each, replayed in ((recipe, False), (graphs, True)):
+        drawn, *_ = evaluation_of_stage(each, stages["eval"], 2, 4, Lengths(20, 8), 40).models["start"]
+        assert generation_of_stage(each, stages["generate"], 2, 10, Lengths(20, 30), 40).replayed == replayed
+        assert drawn.replayed == replayed
     for name, (_, row_bytes) in signals.items():
         scored = scoring_of_stage(recipe, stages[name], 2, 10, Lengths(20, 30))
         # Of each row one chosen answer and two rollouts; four micro-batches for each of two pipeline stages.
