@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
-from megakd.batch import Group, Kind, Sample, Step
+from megakd.batch import Batch, Group, Kind, Sample, Step
 from megakd.comm import all_gather_json
 from megakd.config import Parallel, Precision
 from megakd.config_objectives import SftObjective
@@ -33,8 +34,9 @@ from megakd.hf.families import Architecture
 from megakd.hf.random_model import write_random_model
 from megakd.layout import Layout
 from megakd.mcore import runtime
+from megakd.mcore.graphs import CudaRecorder, Recorder, replay_forward
 from megakd.mcore.grid import Grid, make_grid
-from megakd.mcore.model import build_model
+from megakd.mcore.model import Model, build_model, freeze
 from megakd.mcore.optimizer import make_trainer
 from megakd.mcore.runtime import World
 from megakd.mcore.step import forward_backward, forward_hidden
@@ -57,6 +59,9 @@ PASS_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Numbers of a tensor in the measurement of norms and activations: what a micro-batch has in a layer."""
 UPDATE_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Numbers of the parameters in the measurement of an update."""
+REPLAYED_LAYERS = (16, 64)
+"""Of the models whose replayed passes are timed: so many that the device takes longer for them than the host for all
+that is around them."""
 MESSAGE_BYTES = (1 << 10, 1 << 20, 1 << 22, 1 << 24)
 
 
@@ -93,11 +98,14 @@ def measured_cluster(world: World) -> Cluster:
         "memory_gb_s": round(update_rate(world), 1), "passes_gb_s": round(passes_rate(world), 1), "rates": rates,
         "attention": attention,
         "layer_forward_us": forward_us, "layer_backward_us": backward_us, "step_ms": step_ms,
+        # A CPU records no graphs.
+        **({"layer_replayed_us": replayed_time(world, grid, CudaRecorder())} if kind == "cuda" else {}),
     }
     here = f"measured with {world.size} ranks at work, torch {torch.__version__}"
     measured = ("device.memory_gib", "device.memory_gb_s", "device.passes_gb_s",
                 *(f"device.rates.{name}" for name in rates), "device.attention", "device.layer_forward_us",
                 "device.layer_backward_us", "device.step_ms",
+                *(["device.layer_replayed_us"] if kind == "cuda" else []),
                 *(["node_link"] if node else []), *(["network_link"] if network else []))
     overlap = "assumed" if kind == "cuda" else "nothing is done beside gloo's messages"
     sources = dict.fromkeys(measured, here) | {"device.reserved_gib": "assumed", "overlap": overlap}
@@ -285,7 +293,7 @@ def measured_link(world: World, group: dist.ProcessGroup, size: int) -> dict[str
 def fixed_times(world: World, grid: Grid) -> tuple[float, float, float]:
     """Microseconds of a layer's forward and backward pass, and milliseconds of a step's rest, with next to no work."""
     few, many = 2, 10
-    times = {layers: _small_model(world, grid, layers) for layers in (few, many)}
+    times = {layers: _times_of(world, grid, layers) for layers in (few, many)}
     layer = [(times[many][way] - times[few][way]) / (many - few) for way in (0, 1)]
     forward = max(0.0, layer[0])
     backward = max(0.0, layer[1] - layer[0])
@@ -293,28 +301,51 @@ def fixed_times(world: World, grid: Grid) -> tuple[float, float, float]:
     return round(forward * 1e6, 1), round(backward * 1e6, 1), round(step * 1e3, 3)
 
 
-def _small_model(world: World, grid: Grid, layers: int) -> tuple[float, float]:
+def replayed_time(world: World, grid: Grid, recorder: Recorder) -> float:
+    """Microseconds of a layer's forward pass that is replayed, with next to no work."""
+    few, many = REPLAYED_LAYERS
+    seconds = {}
+    for layers in (few, many):
+        model = replay_forward(freeze(_small_model(world, grid, layers)), 16, recorder)
+        seconds[layers] = seconds_of(world, partial(_forward, world, model), 4)
+    return round(max(0.0, (seconds[many] - seconds[few]) / (many - few)) * 1e6, 1)
+
+
+def _times_of(world: World, grid: Grid, layers: int) -> tuple[float, float]:
     """Seconds of the forward pass alone, and of a whole step, of a model that is hardly more than its calls."""
-    parallel, precision = Parallel(), Precision(dtype="fp32" if world.device.type == "cpu" else "bf16")
-    with tempfile.TemporaryDirectory() as folder:
-        architecture = Architecture("llama", 64, layers, 2, 2, 32, 128, 128, 1e-5, 1e4, None, False, False, 64)
-        write_random_model(Path(folder), architecture, 0)
-        model = build_model(Path(folder), architecture, parallel, "none", precision, grid, world.device)
+    model = _small_model(world, grid, layers)
     trainer = make_trainer(model, Optimizer(lr=1e-4), 1000)
     objective = build_objective(SftObjective())
-    step = Step(tuple(Group(f"row:{rank}", (Sample((3, 4, 5, 6), 2, Kind.CHOSEN),)) for rank in range(world.size)))
-    context = model.loss_context(16, step.counts)
-
-    def batches() -> list:
-        return step.batches(step.table(grid.layout.data, 1)[model.grid.at.data], pad_id=0, padding=model.padding,
-                            device=world.device)
+    context = model.loss_context(16, _small_step(world).counts)
 
     def whole() -> None:
         trainer.zero_grad()
-        forward_backward(model, batches(), None, objective, context)
+        forward_backward(model, _batches(world, model), None, objective, context)
         trainer.step()
 
-    return seconds_of(world, lambda: forward_hidden(model, batches()), 4), seconds_of(world, whole, 4)
+    return seconds_of(world, partial(_forward, world, model), 4), seconds_of(world, whole, 4)
+
+
+def _small_model(world: World, grid: Grid, layers: int) -> Model:
+    precision = Precision(dtype="fp32" if world.device.type == "cpu" else "bf16")
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = Architecture("llama", 64, layers, 2, 2, 32, 128, 128, 1e-5, 1e4, None, False, False, 64)
+        write_random_model(Path(folder), architecture, 0)
+        return build_model(Path(folder), architecture, Parallel(), "none", precision, grid, world.device)
+
+
+def _small_step(world: World) -> Step:
+    return Step(tuple(Group(f"row:{rank}", (Sample((3, 4, 5, 6), 2, Kind.CHOSEN),)) for rank in range(world.size)))
+
+
+def _batches(world: World, model: Model) -> list[Batch]:
+    step, grid = _small_step(world), model.grid
+    return step.batches(step.table(grid.layout.data, 1)[grid.at.data], pad_id=0, padding=model.padding,
+                        device=world.device)
+
+
+def _forward(world: World, model: Model) -> object:
+    return forward_hidden(model, _batches(world, model))
 
 
 # --------------------------------------------------------------------------------------------------------- the device

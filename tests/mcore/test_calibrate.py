@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megakd.layout import Layout
 from megakd.mcore import runtime
+from megakd.mcore.grid import make_grid
 from megakd.planning import calibrate
 from megakd.planning.cluster import Rates, load_cluster
+from tests.mcore.cases import KeptCalls
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +35,7 @@ def test_the_fit_gives_back_the_rates_that_made_the_points(half_side, noise):
     assert rates.efficiency <= 1 and rates.measured == tuple(points)
 
 
-def _measured_quickly() -> dict:
+def _measured_quickly() -> tuple[dict, float, int, int]:
     """On a rank: a description from measurements of a size that says nothing."""
     calibrate.REPEATS = 1
     calibrate.SMALL = {"cpu": 1e5}
@@ -41,17 +44,23 @@ def _measured_quickly() -> dict:
     calibrate.MESSAGE_BYTES, calibrate.COLD_BYTES = (1 << 8, 1 << 12), {"cpu": 0}
     world = runtime.adopt(torch.device("cpu"))
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each rank had a node of its own
-    return calibrate.measured_cluster(world).model_dump(mode="json")
+    cluster = calibrate.measured_cluster(world).model_dump(mode="json")
+    calibrate.REPLAYED_LAYERS, recorder = (1, 3), KeptCalls()
+    grid = make_grid(Layout(world.size, 1, 1), world.timeout)
+    return cluster, calibrate.replayed_time(world, grid, recorder), recorder.recorded, len(recorder.replayed)
 
 
 def test_ranks_on_two_nodes_measure_the_network():
-    first, second = run_ranks(2, _measured_quickly)
+    (first, *passes), (second, *others) = run_ranks(2, _measured_quickly)
     for cluster in (first, second):
+        assert cluster["device"]["layer_replayed_us"] is None  # a CPU records nothing
         assert cluster["devices_per_node"] == 1 and cluster["node_link"] is None
         assert cluster["network_link"]["gb_s"] > 0 and cluster["device"]["memory_gb_s"] > 0
         assert cluster["device"]["layer_backward_us"] >= 0 and len(cluster["device"]["rates"]["fp32"]["measured"]) == 18
     # All ranks hear of the slowest.
     assert first["device"]["rates"] == second["device"]["rates"]
+    # A stand-in for the recorder: one recording a model, which each call runs; the first one makes it.
+    assert passes == others and passes[0] >= 0 and passes[1:] == [2, 2 * 2 * 4]
 
 
 def test_the_command_writes_a_description_that_loads(tmp_path):
