@@ -199,6 +199,14 @@ def first_gradients(case: Distillation):
     return job.forward_backward(0), job.gradients()
 
 
+def first_step(case: Distillation):
+    """Metrics of the first step, its gradients, and the master weights after it."""
+    job = Job(case)
+    metrics, gradients, rate = job.forward_backward(0), job.gradients(), job.trainer.learning_rate
+    metrics |= {"grad_norm": job.trainer.step(), "lr": rate}
+    return metrics, gradients, job.states()["param"]
+
+
 def forward_calls(case: Distillation) -> dict[str, int]:
     """How often the first student layer's attention and MLP run forward in a step of one micro-batch."""
     job = Job(case)
