@@ -34,8 +34,9 @@ from megakd.rollout.cache import KVCache
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, of hidden states or of each head's queries or keys, whose weight says that its gradient is summed over the tensor group under sequence
-    parallelism (megatron-core's own wrapper of torch.nn.RMSNorm refuses sequence parallelism)."""
+    """Root-mean-square norm, of hidden states or of each head's queries or keys, whose weight says that its gradient is
+    summed over the tensor group under sequence parallelism (megatron-core's own wrapper of torch.nn.RMSNorm refuses
+    sequence parallelism)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__()

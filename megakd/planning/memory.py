@@ -244,15 +244,19 @@ def saved_of_layer(setup: TrainingSetup, widths: LayerWidths, recompute: str) ->
             work = setup.work.roles["student"]
             mask = work.most("pairs") / work.most("tokens") * (1 + 1 / (2 * ranks))
             attention = 3 * widths.query + 2 * ranks * widths.key + mask
-        # Norms of heads: the queries taken out of the packed projection, which has the keys; both normalised.
-        by_head = widths.by_head + (widths.query if widths.by_head else 0)
-        numbers = 6 * hidden + attention + by_head + 5 * widths.ffn * mlp
+        if widths.by_head:
+            # Norms of heads: both normalised; their inputs are the packed projection, the queries of several groups
+            # taken out of it. It is kept in any case but across context ranks.
+            attention += widths.by_head + (widths.query if widths.key > widths.head_dim else 0)
+            attention += widths.query + 2 * widths.key if ranks > 1 else 0
+        numbers = 6 * hidden + attention + 5 * widths.ffn * mlp
         statistics = 4 * widths.head_dim + widths.heads + widths.by_head // widths.head_dim + 2
         return numbers * setup.parameter_bytes + STATISTICS_BYTES * statistics
-    # Transformer Engine keeps a norm's input and output (of a norm of heads its input: the rotation keeps no output), what attention has taken and given (queries and keys rotated,
+    # Transformer Engine keeps a norm's input and output, what attention has taken and given (queries and keys rotated,
     # its own copy of the values, which stood between them; a ring over context ranks the last rank's), both halves of
-    # the MLP and their product. Its rotation keeps the angles alone, and in 16 bits the projection after the attention
-    # has the attention's output for its own. From its sources; not measured on a GPU yet.
+    # the MLP and their product. Its rotation keeps the angles alone, so that of a norm of heads the input is kept, and
+    # in 16 bits the projection after the attention has the attention's output for its own. From its sources; not
+    # measured on a GPU yet.
     rounded = setup.dtype == "fp8"
     numbers = 2 * hidden + 2 * widths.query + 2 * widths.key + widths.by_head + 2 * widths.ffn * mlp
     inputs = 2 * hidden + widths.ffn * mlp + (widths.query if rounded else 0)

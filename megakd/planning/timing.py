@@ -79,8 +79,8 @@ def passes_seconds(cluster: Cluster, setup: TrainingSetup, widths: LayerWidths, 
     as often as the layer's modules do it."""
     hidden, query, key, ffn = widths.hidden / sequence, widths.query, widths.key, widths.ffn
     if setup.spec == "te":
-        # Norm in and out, residual two in and one out, for both halves of the layer; rotation in and out, norms of heads
-        # in and out; the MLP's halves in and their product out.
+        # Norm in and out, residual two in and one out, for both halves of the layer; norms of heads and rotation in and
+        # out; the MLP's halves in and their product out.
         size = (10 * hidden + 2 * (query + key) + 2 * widths.by_head + 3 * ffn) * setup.parameter_bytes
         if setup.dtype == "fp8":
             # Each product's input: read, written as it is and transposed.

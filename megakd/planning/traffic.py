@@ -91,7 +91,8 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
         # Of what each tensor rank has normalised a part of: its positions, its heads.
         norms = (2 * layers + last) * role.architecture.hidden_size if role.parallel.sequence else 0
         norms += 2 * layers * role.architecture.head_dim if role.architecture.qk_norm else 0
-        calls.append(Call("all_reduce", "tensor", tensor, norms * STATISTICS_BYTES, 1, f"{name}: gradients of norms"))
+        calls += [Call("all_reduce", "tensor", tensor, norms * STATISTICS_BYTES, 1,
+                       f"{name}: gradients of norms")] * (norms > 0)
     calls += context_calls(role, setup, tokens, layers * micro_batches, name, training)
     message = size / (tensor if role.parallel.sequence else 1)
     chunks = stages * role.parallel.virtual_pipeline

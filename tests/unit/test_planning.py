@@ -40,6 +40,10 @@ PUBLISHED = {  # sizes, norms a layer, and parameters as the models' safetensors
     "Llama 3 70B": (LLAMA_70B, 2, 70_553_706_496),
     "Llama 3.1 405B": (LLAMA_405B, 2, 405_853_388_800),
     "Mistral 7B": (architecture(4096, 32, 32, 8, 128, 14336, 32000), 2, 7_241_732_096),
+    # Its files hold the tied head, too.
+    "Qwen3 0.6B": (architecture(1024, 28, 16, 8, 128, 3072, 151936, family="qwen3"), 2, 751_632_384),
+    "Qwen3 4B": (architecture(2560, 36, 32, 8, 128, 9728, 151936, tied=True, family="qwen3"), 2, 4_022_468_096),
+    "Qwen3 32B": (architecture(5120, 64, 64, 8, 128, 25600, 151936, family="qwen3"), 2, 32_762_123_264),
     "Gemma 2 2B": (architecture(2304, 26, 8, 4, 256, 9216, 256000, tied=True), 4, 2_614_341_888),
     "Gemma 2 9B": (architecture(3584, 42, 16, 8, 256, 14336, 256000, tied=True), 4, 9_241_705_984),
     "Gemma 2 27B": (architecture(4608, 46, 32, 16, 128, 36864, 256000, tied=True), 4, 27_227_128_320),
