@@ -313,8 +313,12 @@ def _teacher_phase(setup: TrainingSetup, role: str) -> dict[str, float]:
 
 
 def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams: int) -> float:
-    """The widest moment of a forward pass without gradients, in the MLP: both halves, their activation, one half with
-    its offset and the product; and the angles of the positions.
+    """The widest moment of a forward pass without gradients; and the angles of the positions.
+
+    It is in the MLP: both halves, their activation, one half with its offset and the product. Or, where heads together
+    are wide, in the attention, when it has its results: the packed projection, queries (normalised, keys too) as they
+    were taken out of it and as they are rotated; and the results sequence by sequence and together, or what the
+    projection makes of them, before and after it is scattered.
 
     Args:
         setup: says the dtype.
@@ -325,5 +329,7 @@ def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams:
     """
     widths = layer_widths(role.architecture, role.parallel.tensor)
     hidden = widths.hidden / (role.parallel.tensor if role.parallel.sequence else 1)
-    numbers = 5 * widths.ffn + streams * hidden
+    attention = 4 * widths.query + (4 if widths.by_head else 3) * widths.key + (streams - 1) * hidden
+    scattered = widths.hidden * (1 + _copies(setup)) + hidden if role.parallel.sequence else 0
+    numbers = max(5 * widths.ffn + streams * hidden, attention + max(widths.query, scattered))
     return tokens * (numbers * setup.parameter_bytes + widths.head_dim * STATISTICS_BYTES)

@@ -338,6 +338,20 @@ def test_attention_keeps_all_keys_and_values_on_the_cpu_and_its_own_in_a_ring():
     assert travelling == 2 * 96 / 4 * 2 * (3 * 2 * key + 4 * query)
 
 
+def test_norms_of_heads_keep_their_inputs():
+    # Of a position on a tensor rank: 16 query heads and 4 key heads of 128, and as many numbers to divide by.
+    query, key, normed = 2048, 512, 4 * (16 + 4)
+    without, widths = layer_widths(LLAMA_8B, 2), layer_widths(replace(LLAMA_8B, family="qwen3"), 2)
+    assert (without.by_head, widths.by_head) == (0, query + key)
+    more = {device: [saved_of_layer(context_setup(context, device), widths, "none")
+                     - saved_of_layer(context_setup(context, device), without, "none") for context in (1, 2)]
+            for device in ("cpu", "cuda")}
+    # On the CPU the queries as they are taken out of the projection, and both normalised; the projection itself is
+    # there already, but not across context ranks. Transformer Engine's norms copy both out of it, and keep no output.
+    assert more["cpu"] == [2 * (2 * query + key) + normed, 2 * (2 * query + key + query + 2 * key) + normed]
+    assert more["cuda"] == [2 * (query + key) + normed] * 2
+
+
 def test_a_stage_of_a_recipe(tmp_path):
     raw = tiny_recipe(tmp_path)
     raw["student"]["recompute"] = "full"
