@@ -235,8 +235,9 @@ class _Fields:
 
 def _hint(field: str) -> str:
     """What to do about a refused feature, where something can be done."""
-    if field == "sliding_window":
-        return ". A window does nothing to sequences that fit in it: for those, write null in config.json"
+    if field in ("sliding_window", "use_sliding_window"):
+        off = {"sliding_window": "null", "use_sliding_window": "false"}[field]
+        return f". A window does nothing to sequences that fit in it: for those, write {off} in config.json"
     if field == "quantization_config":
         return ". Convert the model to float32 or bfloat16 first"
     return ""

@@ -114,6 +114,15 @@ def test_refused(tmp_path, changes, field):
     assert str(tmp_path) in message and f"{field} = " in message and "Supported: " in message
 
 
+@pytest.mark.parametrize(("family", "field", "off"), [("mistral", "sliding_window", None),
+                                                       ("qwen3", "use_sliding_window", False)])
+def test_a_refused_window_says_what_to_write(tmp_path, family, field, off):
+    config = config_json(architecture()) | {"model_type": family, field: True}
+    with pytest.raises(ModelError, match=f"write {json.dumps(off)} in config.json"):
+        _read(tmp_path, config)
+    _read(tmp_path, config | {field: off})
+
+
 def test_missing_field_and_file(tmp_path):
     with pytest.raises(ModelError, match="field vocab_size is missing"):
         _read(tmp_path, _without(config_json(architecture()), "vocab_size"))
