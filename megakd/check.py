@@ -28,6 +28,7 @@ from megakd.errors import ConfigError, ModelError
 from megakd.evaluation.checks import check_evaluation
 from megakd.hf.directory import tensor_files
 from megakd.hf.families import Architecture
+from megakd.hf.importer import check_tied_head
 from megakd.hf.pieces import Piece, check_layout, pieces, stage_shards
 from megakd.log import require_loggers
 from megakd.manifest import MANIFEST, Manifest, differences, made_otherwise, require_room
@@ -188,11 +189,14 @@ def reads_texts(recipe: Recipe, field: str) -> bool:
 
 
 def check_weights(directory: Path, architecture: Architecture) -> None:
-    """Refuses a model directory whose files lack a tensor. Reads their headers alone."""
+    """Refuses a model directory whose files lack a tensor, or hold another head than its config.json says. Reads their
+    headers alone, and of a tied model that has a head besides the two."""
     missing = {piece.hf_name for piece in whole_model(architecture)} - tensor_files(directory).keys()
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise ModelError(f"{directory}: its files lack {min(missing)}{more}. Give a directory with the whole model")
+    if architecture.tied_embeddings:
+        check_tied_head(directory)
 
 
 def check_vocabularies(recipe: Recipe, architectures: dict[Path, Architecture]) -> None:

@@ -40,6 +40,11 @@ def random_tensors(a: Architecture, seed: int = 0) -> dict[str, Tensor]:
             f"{prefix}.mlp.up_proj.weight": (a.ffn_size, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, a.ffn_size),
         }
+        if a.qk_norm:
+            shapes |= {
+                f"{prefix}.self_attn.q_norm.weight": (a.head_dim,),
+                f"{prefix}.self_attn.k_norm.weight": (a.head_dim,),
+            }
         if a.qkv_bias:
             shapes |= {
                 f"{prefix}.self_attn.q_proj.bias": (width,),
@@ -57,7 +62,8 @@ def config_json(a: Architecture) -> dict:
     """config.json of an architecture without rope scaling, as transformers wrote it before version 5."""
     config = {
         "model_type": a.family,
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[a.family]],
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                           "qwen3": "Qwen3ForCausalLM"}[a.family]],
         "hidden_act": "silu",
         "hidden_size": a.hidden_size,
         "num_hidden_layers": a.layers,
@@ -135,6 +141,9 @@ def cut(a: Architecture, tensors: dict[str, Tensor], shard: Shard) -> dict[str, 
         columns = range(my_groups.start * per_group, my_groups.stop * per_group)
         output = heads(tensors[f"{hf}.self_attn.o_proj.weight"].t(), columns).t().contiguous()
         local[f"{mine}.self_attention.linear_proj.weight"] = output
+        if a.qk_norm:
+            local[f"{mine}.self_attention.q_layernorm.weight"] = tensors[f"{hf}.self_attn.q_norm.weight"].clone()
+            local[f"{mine}.self_attention.k_layernorm.weight"] = tensors[f"{hf}.self_attn.k_norm.weight"].clone()
         local[f"{mine}.{norms[1]}"] = tensors[f"{hf}.post_attention_layernorm.weight"].clone()
         part = slice(rank * ffn, (rank + 1) * ffn)
         gate, up = (tensors[f"{hf}.mlp.{name}_proj.weight"][part] for name in ("gate", "up"))

@@ -12,9 +12,10 @@ from megakd.hf.families import Architecture
 from megakd.planning.cluster import Cluster
 
 
-def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tied=False) -> Architecture:
+def architecture(hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, tied=False,
+                 family="llama") -> Architecture:
     """A model without the features that change no count."""
-    return Architecture("llama", hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, 1e-5, 1e4, None, tied,
+    return Architecture(family, hidden, layers, heads, kv_heads, head_dim, ffn, vocabulary, 1e-5, 1e4, None, tied,
                         False, 8192)
 
 

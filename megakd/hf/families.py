@@ -20,6 +20,10 @@ class Family:
 
     qkv_bias: bool
     """Whether the query, key and value projections have a bias (the output projection has none)."""
+    qk_norm: bool
+    """Whether each head's queries and keys are normalised before they are rotated."""
+    model_class: str
+    """transformers' class of the models, which config.json names as `architectures`."""
     defaults: Mapping[str, object]
     """The value of a field that config.json leaves out: that of transformers' config class of the family."""
     required: Mapping[str, object]
@@ -43,6 +47,8 @@ _COMMON_REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantiz
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         qkv_bias=False,
+        qk_norm=False,
+        model_class="LlamaForCausalLM",
         defaults=_COMMON_DEFAULTS
         | {
             "num_key_value_heads": None,
@@ -54,6 +60,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         qkv_bias=False,
+        qk_norm=False,
+        model_class="MistralForCausalLM",
         defaults=_COMMON_DEFAULTS
         | {
             "num_key_value_heads": 8,
@@ -64,6 +72,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family(
         qkv_bias=True,
+        qk_norm=False,
+        model_class="Qwen2ForCausalLM",
         defaults=_COMMON_DEFAULTS
         | {
             "num_key_value_heads": 32,
@@ -71,6 +81,20 @@ FAMILIES: Mapping[str, Family] = {
             "use_sliding_window": False,
         },
         required=_COMMON_REQUIRED | {"use_sliding_window": False},
+    ),
+    "qwen3": Family(
+        qkv_bias=False,
+        qk_norm=True,
+        model_class="Qwen3ForCausalLM",
+        defaults=_COMMON_DEFAULTS
+        | {
+            "head_dim": 128,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+        },
+        required=_COMMON_REQUIRED | {"attention_bias": False, "use_sliding_window": False},
     ),
 }
 
@@ -144,6 +168,12 @@ class Architecture:
         return replace(self, layers=layers)
 
     @property
+    def qk_norm(self) -> bool:
+        """Whether each head's queries and keys are normalised (RMS, one weight [head_dim] for all heads) before they
+        are rotated."""
+        return FAMILIES[self.family].qk_norm
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share one key and value head."""
         return self.heads // self.kv_heads
@@ -205,8 +235,9 @@ class _Fields:
 
 def _hint(field: str) -> str:
     """What to do about a refused feature, where something can be done."""
-    if field == "sliding_window":
-        return ". A window does nothing to sequences that fit in it: for those, write null in config.json"
+    if field in ("sliding_window", "use_sliding_window"):
+        off = {"sliding_window": "null", "use_sliding_window": "false"}[field]
+        return f". A window does nothing to sequences that fit in it: for those, write {off} in config.json"
     if field == "quantization_config":
         return ". Convert the model to float32 or bfloat16 first"
     return ""

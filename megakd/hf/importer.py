@@ -17,6 +17,8 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import Piece, Shard, head_pieces, padded_vocab, parameter_shapes, pieces
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
+_COMPARED_ROWS = 8192
+"""Of two vocabularies, at a time."""
 
 
 @torch.no_grad()
@@ -98,6 +100,25 @@ def check_parameters(architecture: Architecture, shard: Shard, parameters: Mappi
     for name, shape in expected.items():
         if tuple(parameters[name].shape) != shape:
             raise ModelError(f"parameter {name} has shape {tuple(parameters[name].shape)}; {shard} has {shape}")
+
+
+def check_tied_head(directory: Path) -> None:
+    """Refuses a tied model whose files hold a head that is not its embedding: nothing says which of the two it was
+    trained with, and `load_parameters` reads the embedding alone. Files of Qwen3's smallest models hold the same twice.
+
+    Raises:
+        ModelError: the two differ.
+    """
+    files, names = tensor_files(directory), ("model.embed_tokens.weight", "lm_head.weight")
+    if any(name not in files for name in names):
+        return
+    with open_tensors(files[names[0]]) as one, open_tensors(files[names[1]]) as other:
+        embedding, head = one.get_slice(names[0]), other.get_slice(names[1])
+        same, rows = embedding.get_shape() == head.get_shape(), embedding.get_shape()[0]
+        parts = (slice(start, start + _COMPARED_ROWS) for start in range(0, rows, _COMPARED_ROWS))
+        if not (same and all(torch.equal(embedding[part], head[part]) for part in parts)):
+            raise ModelError(f"{directory}/config.json: tie_word_embeddings = True, but {names[1]} in its files is not "
+                             f"{names[0]}. Write false in config.json, or take {names[1]} out of the files")
 
 
 def _read(directory: Path, boxes: list[Piece], parameters: Mapping[str, Tensor]) -> None:

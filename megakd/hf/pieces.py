@@ -29,7 +29,8 @@ def padded_kv_heads(kv_heads: int, tensor_size: int) -> int:
     """Query groups over all tensor ranks: the next multiple of tensor_size.
 
     A padded group is all zero and inert: its output is zero, and so is the gradient of each of its weights (the value
-    and output projections are each other's factors, and both are zero).
+    and output projections are each other's factors, and both are zero) and its part in the gradients of the norms of
+    queries and keys (what they normalise there is zero).
     """
     return -(-kv_heads // tensor_size) * tensor_size
 
@@ -233,7 +234,7 @@ def _chunk(a: Architecture, shard: Shard) -> list[_Parameter]:
     for layer in range(shard.layers):
         parameters += _layer(a, shard, f"decoder.layers.{layer}", f"model.layers.{shard.first_layer + layer}")
     if shard.head:
-        parameters.append(_norm("decoder.final_layernorm.weight", "model.norm.weight", a, rank))
+        parameters.append(_norm("decoder.final_layernorm.weight", "model.norm.weight", a.hidden_size, rank))
         if not (a.tied_embeddings and shard.embedding):
             # Tied on a stage that does not hold the embedding: a copy, which the embedding's owner is primary of.
             parameters.append(_vocabulary("output_layer.weight", "head", a, rank, size, primary=not a.tied_embeddings))
@@ -244,7 +245,7 @@ def _layer(a: Architecture, shard: Shard, local: str, hf: str) -> list[_Paramete
     rank, hidden, ffn = shard.tensor_rank, a.hidden_size, a.ffn_size // shard.tensor_size
     attention_norm, mlp_norm = NORMS[shard.spec]
     parameters = [
-        _norm(f"{local}.{attention_norm}", f"{hf}.input_layernorm.weight", a, rank),
+        _norm(f"{local}.{attention_norm}", f"{hf}.input_layernorm.weight", hidden, rank),
         _qkv(f"{local}.self_attention.linear_qkv.weight", f"{hf}.self_attn", "weight", (hidden,), a, shard),
     ]
     if a.qkv_bias:
@@ -265,7 +266,10 @@ def _layer(a: Architecture, shard: Shard, local: str, hf: str) -> list[_Paramete
         primary=True,
     )
     parameters.append(_Parameter(projection, (hidden, groups * group_columns), columns))
-    parameters.append(_norm(f"{local}.{mlp_norm}", f"{hf}.post_attention_layernorm.weight", a, rank))
+    if a.qk_norm:
+        parameters += [_norm(f"{local}.self_attention.{kind}_layernorm.weight", f"{hf}.self_attn.{kind}_norm.weight",
+                             a.head_dim, rank) for kind in ("q", "k")]
+    parameters.append(_norm(f"{local}.{mlp_norm}", f"{hf}.post_attention_layernorm.weight", hidden, rank))
 
     fc1, fc2 = f"{local}.mlp.linear_fc1.weight", f"{local}.mlp.linear_fc2.weight"
     gate_and_up = [
@@ -326,20 +330,20 @@ def _qkv(name: str, hf: str, kind: str, rest: tuple[int, ...], a: Architecture, 
     return _Parameter(name, (groups * (per_group + 2) * a.head_dim, *rest), boxes)
 
 
-def _norm(name: str, hf_name: str, a: Architecture, tensor_rank: int) -> _Parameter:
-    """A norm's weight: the whole of it on every tensor rank."""
+def _norm(name: str, hf_name: str, width: int, tensor_rank: int) -> _Parameter:
+    """A norm's weight, as wide as what it normalises: the whole of it on every tensor rank."""
     whole = _piece(
         parameter=name,
-        local_view=(a.hidden_size,),
-        local_index=(slice(0, a.hidden_size),),
+        local_view=(width,),
+        local_index=(slice(0, width),),
         hf_name=hf_name,
-        hf_shape=(a.hidden_size,),
+        hf_shape=(width,),
         axis=0,
         start=0,
-        count=a.hidden_size,
+        count=width,
         primary=tensor_rank == 0,
     )
-    return _Parameter(name, (a.hidden_size,), whole)
+    return _Parameter(name, (width,), whole)
 
 
 def _vocabulary(

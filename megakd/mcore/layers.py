@@ -34,8 +34,9 @@ from megakd.rollout.cache import KVCache
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm whose weight says that its gradient is summed over the tensor group under sequence
-    parallelism (megatron-core's own wrapper of torch.nn.RMSNorm refuses sequence parallelism)."""
+    """Root-mean-square norm, of hidden states or of each head's queries or keys, whose weight says that its gradient is
+    summed over the tensor group under sequence parallelism (megatron-core's own wrapper of torch.nn.RMSNorm refuses
+    sequence parallelism)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__()
@@ -44,7 +45,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] -> the same shape and dtype; the mean is taken in float32."""
+        """hidden [..., H], or [..., D] of heads -> the same shape and dtype; the mean is taken in float32."""
         return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], None, self.eps).to(hidden.dtype) * self.weight
 
 
@@ -192,23 +193,27 @@ def packed_sequences(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
     return PackedSeqParams("sbhd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def local_block(layers: int, emulations: Sequence[Emulation | None] | None = None) -> TransformerBlockSubmodules:
+def local_block(
+    layers: int, *, qk_norm: bool, emulations: Sequence[Emulation | None] | None = None
+) -> TransformerBlockSubmodules:
     """The modules of a pipeline stage built from megatron-core's own linears: any device, no Transformer Engine.
 
     Args:
         layers: of the stage.
+        qk_norm: `Architecture.qk_norm`.
         emulations: how each layer's linears round to FP8, or None for one that does not; None where none does.
     """
-    specs = [_local_layer(emulation) for emulation in emulations or [None] * layers]
+    specs = [_local_layer(emulation, qk_norm) for emulation in emulations or [None] * layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _local_layer(emulation: Emulation | None) -> ModuleSpec:
+def _local_layer(emulation: Emulation | None, qk_norm: bool) -> ModuleSpec:
     column: type | ModuleSpec = ColumnParallelLinear
     row: type | ModuleSpec = RowParallelLinear
     if emulation is not None:
         column = ModuleSpec(module=RoundingColumnParallelLinear, params={"emulation": emulation})
         row = ModuleSpec(module=RoundingRowParallelLinear, params={"emulation": emulation})
+    norm_by_head = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -217,7 +222,8 @@ def _local_layer(emulation: Emulation | None) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=CachedAttention, linear_proj=row
+                    linear_qkv=column, core_attention=CachedAttention, linear_proj=row, q_layernorm=norm_by_head,
+                    k_layernorm=norm_by_head,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -228,11 +234,11 @@ def _local_layer(emulation: Emulation | None) -> ModuleSpec:
     )
 
 
-def transformer_engine_block(layers: int) -> TransformerBlockSubmodules:
-    """The modules of a pipeline stage built from Transformer Engine's fused ones (CUDA only)."""
+def transformer_engine_block(layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """The modules of a pipeline stage built from Transformer Engine's fused ones (CUDA only); as `local_block`."""
     from megatron.core.extensions.transformer_engine import TENorm
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
 

@@ -219,6 +219,9 @@ def transformer_config(
         activation_func=nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
+        # The layers' spec builds the norms. This has their gradients summed over the tensor ranks, each of which has
+        # normalised heads of its own, also without sequence parallelism.
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -323,7 +326,10 @@ def build_model(
     for virtual, shard in enumerate(shards):
         numbers = range(shard.first_layer, shard.first_layer + shard.layers)
         roundings = [None if _stays_bf16(number, architecture, precision) else emulation for number in numbers]
-        block = transformer_engine_block(shard.layers) if spec == "te" else local_block(shard.layers, roundings)
+        if spec == "te":
+            block = transformer_engine_block(shard.layers, qk_norm=architecture.qk_norm)
+        else:
+            block = local_block(shard.layers, qk_norm=architecture.qk_norm, emulations=roundings)
         # Weights that are made in FP8 without gradients have no second, transposed copy (TE, `reset_parameters`).
         with nullcontext() if trained else torch.no_grad():
             chunk = HiddenGPT(

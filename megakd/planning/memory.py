@@ -244,17 +244,25 @@ def saved_of_layer(setup: TrainingSetup, widths: LayerWidths, recompute: str) ->
             work = setup.work.roles["student"]
             mask = work.most("pairs") / work.most("tokens") * (1 + 1 / (2 * ranks))
             attention = 3 * widths.query + 2 * ranks * widths.key + mask
+        if widths.by_head:
+            # Norms of heads: both normalised; their inputs are the packed projection, the queries of several groups
+            # taken out of it. It is kept in any case but across context ranks.
+            attention += widths.by_head + (widths.query if widths.key > widths.head_dim else 0)
+            attention += widths.query + 2 * widths.key if ranks > 1 else 0
         numbers = 6 * hidden + attention + 5 * widths.ffn * mlp
-        return numbers * setup.parameter_bytes + STATISTICS_BYTES * (4 * widths.head_dim + widths.heads + 2)
+        statistics = 4 * widths.head_dim + widths.heads + widths.by_head // widths.head_dim + 2
+        return numbers * setup.parameter_bytes + STATISTICS_BYTES * statistics
     # Transformer Engine keeps a norm's input and output, what attention has taken and given (queries and keys rotated,
     # its own copy of the values, which stood between them; a ring over context ranks the last rank's), both halves of
-    # the MLP and their product. Its rotation keeps the angles alone, and in 16 bits the projection after the attention
-    # has the attention's output for its own. From its sources; not measured on a GPU yet.
+    # the MLP and their product. Its rotation keeps the angles alone, so that of a norm of heads the input is kept, and
+    # in 16 bits the projection after the attention has the attention's output for its own. From its sources; not
+    # measured on a GPU yet.
     rounded = setup.dtype == "fp8"
-    numbers = 2 * hidden + 2 * widths.query + 2 * widths.key + 2 * widths.ffn * mlp
+    numbers = 2 * hidden + 2 * widths.query + 2 * widths.key + widths.by_head + 2 * widths.ffn * mlp
     inputs = 2 * hidden + widths.ffn * mlp + (widths.query if rounded else 0)
     linear_bytes = 1 if rounded else setup.parameter_bytes
-    return numbers * setup.parameter_bytes + inputs * linear_bytes + STATISTICS_BYTES * (widths.heads + 2)
+    statistics = widths.heads + widths.by_head // widths.head_dim + 2
+    return numbers * setup.parameter_bytes + inputs * linear_bytes + STATISTICS_BYTES * statistics
 
 
 def _loss(setup: TrainingSetup) -> float:
@@ -305,8 +313,12 @@ def _teacher_phase(setup: TrainingSetup, role: str) -> dict[str, float]:
 
 
 def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams: int) -> float:
-    """The widest moment of a forward pass without gradients, in the MLP: both halves, their activation, one half with
-    its offset and the product; and the angles of the positions.
+    """The widest moment of a forward pass without gradients; and the angles of the positions.
+
+    It is in the MLP: both halves, their activation, one half with its offset and the product. Or, where heads together
+    are wide, in the attention, when it has its results: the packed projection, queries (normalised, keys too) as they
+    were taken out of it and as they are rotated; and the results sequence by sequence and together, or what the
+    projection makes of them, before and after it is scattered.
 
     Args:
         setup: says the dtype.
@@ -317,5 +329,7 @@ def forward_bytes(setup: TrainingSetup, role: RoleSetup, tokens: float, streams:
     """
     widths = layer_widths(role.architecture, role.parallel.tensor)
     hidden = widths.hidden / (role.parallel.tensor if role.parallel.sequence else 1)
-    numbers = 5 * widths.ffn + streams * hidden
+    attention = 4 * widths.query + (4 if widths.by_head else 3) * widths.key + (streams - 1) * hidden
+    scattered = widths.hidden * (1 + _copies(setup)) + hidden if role.parallel.sequence else 0
+    numbers = max(5 * widths.ffn + streams * hidden, attention + max(widths.query, scattered))
     return tokens * (numbers * setup.parameter_bytes + widths.head_dim * STATISTICS_BYTES)

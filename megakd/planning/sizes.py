@@ -20,12 +20,13 @@ def parameter_count(architecture: Architecture, norms_per_layer: int = 2) -> int
 
     Args:
         architecture: its sizes.
-        norms_per_layer: 2; families that also normalise what attention and MLP give (Gemma 2) have 4.
+        norms_per_layer: of hidden states, 2; families that also normalise what attention and MLP give (Gemma 2) have 4.
     """
     a = architecture
     qkv_columns = (a.heads + 2 * a.kv_heads) * a.head_dim
     attention = a.hidden_size * (qkv_columns + a.heads * a.head_dim) + (qkv_columns if a.qkv_bias else 0)
-    layer = attention + 3 * a.hidden_size * a.ffn_size + norms_per_layer * a.hidden_size
+    norms = norms_per_layer * a.hidden_size + (2 * a.head_dim if a.qk_norm else 0)
+    layer = attention + 3 * a.hidden_size * a.ffn_size + norms
     vocabularies = 1 if a.tied_embeddings else 2
     return vocabularies * a.vocab_size * a.hidden_size + a.layers * layer + a.hidden_size
 
@@ -75,6 +76,8 @@ class LayerWidths:
     ffn: int
     head_dim: int
     heads: int
+    by_head: int
+    """Queries' and keys' numbers that are normalised, head by head: all or none."""
 
     @property
     def parameters(self) -> int:
@@ -87,9 +90,10 @@ def layer_widths(architecture: Architecture, tensor: int) -> LayerWidths:
     a = architecture
     groups = padded_kv_heads(a.kv_heads, tensor) // tensor
     heads = groups * a.heads_per_group
+    by_head = (heads + groups) * a.head_dim if a.qk_norm else 0
     return LayerWidths(
         hidden=a.hidden_size, query=heads * a.head_dim, key=groups * a.head_dim, ffn=a.ffn_size // tensor,
-        head_dim=a.head_dim, heads=heads,
+        head_dim=a.head_dim, heads=heads, by_head=by_head,
     )
 
 

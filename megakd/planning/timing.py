@@ -79,16 +79,16 @@ def passes_seconds(cluster: Cluster, setup: TrainingSetup, widths: LayerWidths, 
     as often as the layer's modules do it."""
     hidden, query, key, ffn = widths.hidden / sequence, widths.query, widths.key, widths.ffn
     if setup.spec == "te":
-        # Norm in and out, residual two in and one out, for both halves of the layer; rotation in and out; the MLP's
-        # halves in and their product out.
-        size = (10 * hidden + 2 * (query + key) + 3 * ffn) * setup.parameter_bytes
+        # Norm in and out, residual two in and one out, for both halves of the layer; norms of heads and rotation in and
+        # out; the MLP's halves in and their product out.
+        size = (10 * hidden + 2 * (query + key) + 2 * widths.by_head + 3 * ffn) * setup.parameter_bytes
         if setup.dtype == "fp8":
             # Each product's input: read, written as it is and transposed.
             size += 4 * (2 * hidden + query + ffn)
     else:
         # A norm reads and writes 7 times in its elementary operations, a residual sum 3 times; query and key rotated
         # (and the packed projection gathered), the activation with its product and offset.
-        size = (20 * hidden + 12 * query + 10 * key + 7 * ffn) * setup.parameter_bytes
+        size = (20 * hidden + 12 * query + 10 * key + 7 * widths.by_head + 7 * ffn) * setup.parameter_bytes
     return size * tokens / (cluster.device.passes_gb_s * 1e9)
 
 

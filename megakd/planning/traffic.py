@@ -84,12 +84,15 @@ def model_calls(role: RoleSetup, setup: TrainingSetup, work: RoleWork, pipeline_
         scatters = layers * (2 + (2 if training else 0) + made_again) + first
         calls += [Call("all_gather", "tensor", tensor, size, gathers * micro_batches, f"{name}: layers"),
                   Call("reduce_scatter", "tensor", tensor, size, scatters * micro_batches, f"{name}: layers")]
-        if training:
-            norms = (2 * layers + last) * role.architecture.hidden_size * STATISTICS_BYTES
-            calls.append(Call("all_reduce", "tensor", tensor, norms, 1, f"{name}: gradients of norms"))
     else:
         reduces = layers * (2 + (2 if training else 0) + made_again) + first
         calls.append(Call("all_reduce", "tensor", tensor, size, reduces * micro_batches, f"{name}: layers"))
+    if training:
+        # Of what each tensor rank has normalised a part of: its positions, its heads.
+        norms = (2 * layers + last) * role.architecture.hidden_size if role.parallel.sequence else 0
+        norms += 2 * layers * role.architecture.head_dim if role.architecture.qk_norm else 0
+        calls += [Call("all_reduce", "tensor", tensor, norms * STATISTICS_BYTES, 1,
+                       f"{name}: gradients of norms")] * (norms > 0)
     calls += context_calls(role, setup, tokens, layers * micro_batches, name, training)
     message = size / (tensor if role.parallel.sequence else 1)
     chunks = stages * role.parallel.virtual_pipeline

@@ -18,6 +18,7 @@ from tests.ranks import run_ranks, subgroup
 
 _LLAMA = architecture()
 _QWEN2 = architecture(family="qwen2", qkv_bias=True, tied_embeddings=False, hidden_size=24, layers=6)
+_QWEN3 = architecture(family="qwen3", tied_embeddings=False)
 
 
 def _import_and_export(source: Path, target: ExportTarget, layout: Layout, virtual: int, spec: str) -> int:
@@ -55,6 +56,7 @@ def _import_and_export(source: Path, target: ExportTarget, layout: Layout, virtu
         (_QWEN2, Layout(4, tensor=2), 1, "local", 9000),
         (_QWEN2, Layout(4, pipeline=4), 1, "te", 2**30),
         (_QWEN2, Layout(4, pipeline=2), 2, "local", 2**30),
+        (_QWEN3, Layout(4, tensor=2, pipeline=2), 2, "te", 6000),
     ],
 )
 def test_export_is_free_of_the_layout(tmp_path, a, layout, virtual, spec, limit):
@@ -74,7 +76,7 @@ def test_export_is_free_of_the_layout(tmp_path, a, layout, virtual, spec, limit)
 
 def test_transformers_loads_what_was_written(tmp_path):
     transformers = pytest.importorskip("transformers")
-    for a in (_LLAMA, _QWEN2):
+    for a in (_LLAMA, _QWEN2, _QWEN3):
         folder = tmp_path / a.family
         tensors = random_tensors(a)
         source = write_model(folder / "source", a, tensors)

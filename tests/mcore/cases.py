@@ -14,16 +14,20 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megakd.batch import Group, Step
 from megakd.config import Parallel, Precision
 from megakd.config_stages import Optimizer
+from megakd.hf.exporter import ExportTarget, export_model
 from megakd.hf.families import Architecture
 from megakd.hf.importer import load_head
 from megakd.layout import Layout
+from megakd.losses import fused_token_log_probs
 from megakd.mcore import runtime
 from megakd.mcore.checkpoint import box_of
+from megakd.mcore.decoder import PipelineDecoder
 from megakd.mcore.grid import Grid, make_grid
-from megakd.mcore.model import Model, build_model, freeze, unwrap
+from megakd.mcore.model import Model, build_model, evaluating, freeze, unwrap
 from megakd.mcore.optimizer import STATES, make_trainer
-from megakd.mcore.step import forward_backward
+from megakd.mcore.step import forward_backward, forward_hidden
 from megakd.objectives import build_objective
+from megakd.rollout import Prompt, Sampling, generate
 from megakd.teacher.online import OnlineTeacher, by_micro_batch
 
 CPU = torch.device("cpu")
@@ -197,6 +201,47 @@ def first_gradients(case: Distillation):
     """Metrics and gradients of the first step."""
     job = Job(case)
     return job.forward_backward(0), job.gradients()
+
+
+def first_step(case: Distillation):
+    """Metrics of the first step, its gradients, and the master weights after it."""
+    job = Job(case)
+    metrics, gradients, rate = job.forward_backward(0), job.gradients(), job.trainer.learning_rate
+    metrics |= {"grad_norm": job.trainer.step(), "lr": rate}
+    return metrics, gradients, job.states()["param"]
+
+
+def log_probs_and_answers(
+    directory: str, parallel: Parallel, groups: Sequence[Group], micro_batch: int, prompts: Sequence[Prompt],
+    sampling: Sampling, slots: int, export_to: Path | None,
+) -> tuple[dict[int, list[float]] | None, list[tuple[int, ...]]]:
+    """A model's log-probs of each sequence's response (on the last stage), and its answers to the prompts; and the
+    model written back."""
+    model = build(directory, parallel)
+    if export_to is not None:
+        export_model(
+            ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
+            list(map(model.parameters_of, range(len(model.chunks)))), layout=model.grid.layout, at=model.grid.at,
+            tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD)
+    with evaluating(model):
+        answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=slots, pad_id=0)
+        return _log_probs(model, groups, micro_batch), [answer.tokens for answer in answers]
+
+
+def _log_probs(model: Model, groups: Sequence[Group], micro_batch: int) -> dict[int, list[float]] | None:
+    step = Step(tuple(groups))
+    batches = step.batches(step.table(1, micro_batch)[0], pad_id=0, padding=model.padding, device="cpu")
+    outputs = forward_hidden(model, batches)
+    if outputs is None:
+        return None
+    found: dict[int, list[float]] = {}
+    for batch, hidden_TH in zip(batches, outputs, strict=True):
+        log_probs_T = fused_token_log_probs(hidden_TH, model.head_VH, batch.positions.labels_T,
+                                            tp_group=model.grid.groups.tp, vocab_size=model.architecture.vocab_size)
+        samples_T = batch.sample_ids_B[batch.positions.rows_T]
+        for sample, log_prob in zip(samples_T.tolist(), log_probs_T.tolist(), strict=True):
+            found.setdefault(sample, []).append(log_prob)
+    return found
 
 
 def forward_calls(case: Distillation) -> dict[str, int]:

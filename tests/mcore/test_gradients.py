@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from megakd.batch import Kind
 from megakd.config import Parallel
 from megakd.config_objectives import AdpaObjective, DckdObjective, DpoObjective, SftObjective
-from tests.mcore.cases import Distillation, assemble, first_gradients, forward_calls
-from tests.mcore.tiny import make_groups, make_llama, make_qwen2
+from tests.mcore.cases import Distillation, assemble, first_gradients, first_step, forward_calls
+from tests.mcore.tiny import make_groups, make_llama, make_qwen2, make_qwen3
 from tests.ranks import run_ranks
 
 OBJECTIVES = {
@@ -74,8 +74,10 @@ def naive_gradients(directories: dict[str, str], method: str, groups) -> tuple[f
     def sequence(role: str, sample) -> torch.Tensor:
         return rows(role, sample).gather(1, labels(sample)[:, None]).sum()
 
-    settings = OBJECTIVES[method]
-    if method == "dckd":
+    settings = (OBJECTIVES | {"sft": SftObjective()})[method]
+    if method == "sft":
+        loss = nll(of_kind(Kind.CHOSEN))
+    elif method == "dckd":
         loss = nll(of_kind(Kind.CHOSEN)) + settings.alpha * (kl(of_kind(Kind.CHOSEN)) + kl(of_kind(Kind.REJECTED)))
     elif method == "adpa":
         gains = [
@@ -154,6 +156,47 @@ def test_first_gradients_equal_plain_torch(directories, method, layout, recomput
 @pytest.mark.parametrize("student", ["untied head", "4 groups of heads", "biases"])
 def test_first_gradients_of_other_students(directories, students, student, layout):
     test_first_gradients_equal_plain_torch(directories | {"student": students[student]}, "adpa", layout)
+
+
+STEPS = {
+    # name: (layout, recompute, whether the head is tied); 3 groups of heads, so that tensor ranks have some of zeros
+    "one process": (Parallel(), "none", True),
+    "tp2": (Parallel(tensor=2, pad_heads=True), "none", True),
+    "tp2 sp": (Parallel(tensor=2, sequence=True, pad_heads=True), "full", False),
+    "pp2": (Parallel(pipeline=2), "none", True),
+    "cp2": (Parallel(context=2), "none", False),
+    "tp2 pp2": (Parallel(tensor=2, pipeline=2, pad_heads=True), "mlp", False),
+}
+
+
+@pytest.mark.parametrize("layout", STEPS)
+def test_a_step_with_norms_of_queries_and_keys(tmp_path, layout):
+    """Gradients, their norm and the step against transformers and torch: each rank normalises heads of its own by
+    weights that all have, so gradients of these are summed once, and count once."""
+    parallel, recompute, tied = STEPS[layout]
+    student = str(make_qwen3(tmp_path / "student", seed=6, tied=tied))
+    groups = tuple(make_groups(8, (Kind.CHOSEN,)))
+    case = Distillation({"student": student}, {"student": parallel}, {"student": 2}, SftObjective(), groups, 8,
+                        recompute=recompute, weight_decay=0.5)
+    loss, expected = naive_gradients(case.directories, "sft", groups)
+    results = run_ranks(parallel.tensor * parallel.pipeline * parallel.context, first_step, case)
+    worst = check([(metrics, boxes) for metrics, boxes, _ in results], loss, expected)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.grad = expected[name].clone()
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), case.clip)
+    vectors = [each for each in parameters.values() if each.ndim == 1]  # are not decayed
+    torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0},
+                       {"params": [each for each in parameters.values() if each.ndim > 1]}],
+                      lr=results[0][0]["lr"], weight_decay=case.weight_decay, eps=case.eps).step()
+    stepped = assemble([after for *_, after in results])
+    for metrics, _, _ in results:
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > case.clip
+    assert stepped.keys() == parameters.keys() and len([name for name in stepped if "self_attn.q_norm" in name]) == 4
+    for name, values in stepped.items():
+        torch.testing.assert_close(values.double(), parameters[name].data, rtol=0, atol=2e-6, msg=name)
+    print(f"{layout}: worst relative error {worst:.1e}, norm {norm:.3f}")
 
 
 @pytest.mark.parametrize("layout", ["one process", "tp2 sp cp2 | tp2 dp2 | dp4", "tp2 sp pp2 vpp2 | pp4 | dp4"])

@@ -21,7 +21,7 @@ from megakd.mcore.model import HiddenGPT, unwrap
 from megakd.rollout import Prompt, Sampling, generate
 from tests.mcore.cases import Distillation, Job, assemble, build
 from tests.mcore.engine_stand_in import transformer_engine
-from tests.mcore.tiny import make_groups, make_llama, make_qwen2
+from tests.mcore.tiny import make_groups, make_llama, make_qwen2, make_qwen3
 from tests.ranks import run_ranks
 
 FACTS = {"stage": "d41d8cd98f00b204"}
@@ -32,7 +32,8 @@ STEPS, SAVED = 3, 1
 @pytest.fixture(scope="module")
 def students(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    return {"tied": str(make_llama(folder / "tied", seed=1)), "biases": str(make_qwen2(folder / "biases", seed=3))}
+    return {"tied": str(make_llama(folder / "tied", seed=1)), "biases": str(make_qwen2(folder / "biases", seed=3)),
+            "norms of heads": str(make_qwen3(folder / "norms", seed=4, tied=False))}
 
 
 def training(student: str, parallel: Parallel) -> Distillation:
@@ -60,7 +61,7 @@ def _registered(student: str, parallel: Parallel, spec: str) -> dict[str, object
             "table": parameter_shapes(model.architecture, model.shards[0]), "extra states": states}
 
 
-@pytest.mark.parametrize("student", ["tied", "biases"])
+@pytest.mark.parametrize("student", ["tied", "biases", "norms of heads"])
 def test_a_block_registers_what_the_table_says(students, student):
     local, engine = (run_ranks(2, _registered, students[student], SEQUENCE, spec)[0] for spec in ("local", "te"))
     for found in (local, engine):
@@ -105,8 +106,9 @@ def _train(case: Distillation, spec: str, folder: str, resumes: bool) -> dict[st
 
 @pytest.mark.parametrize("student, parallel, writer, reader", [
     ("biases", SEQUENCE, "local", "te"), ("biases", SEQUENCE, "te", "local"), ("tied", Parallel(), "local", "te"),
-    ("tied", Parallel(context=2), "local", "te"),
-], ids=["tp2 sp", "tp2 sp, back", "dp2", "cp2"])
+    ("tied", Parallel(context=2), "local", "te"), ("norms of heads", SEQUENCE, "te", "local"),
+    ("norms of heads", Parallel(tensor=2, pad_heads=True), "local", "te"),
+], ids=["tp2 sp", "tp2 sp, back", "dp2", "cp2", "tp2 sp, norms of heads, back", "tp2, norms of heads"])
 def test_a_training_goes_on_in_the_other_spec(students, tmp_path, student, parallel, writer, reader):
     case = training(students[student], parallel)
     wrote = run_ranks(2, _train, case, writer, str(tmp_path), False)
@@ -146,7 +148,7 @@ def _answers(student: str, spec: str) -> tuple[list[tuple[int, ...]], list[bool]
 def test_both_specs_decode_alike(students):
     # The kernel that rotates takes one row's angles, and rows of a rollout have their own.
     (right, settings, _), (found, engine, shapes) = (
-        run_ranks(2, _answers, students["biases"], spec)[0] for spec in ("local", "te"))
+        run_ranks(2, _answers, students["norms of heads"], spec)[0] for spec in ("local", "te"))
     assert found == right and len({len(tokens) for tokens in right}) == 1
     assert (settings, engine) == ([True, False], [True, True])
     assert (3, 1) in shapes

@@ -6,26 +6,19 @@ The environment variable MEGAKD_TEST_MODEL names the Hugging Face directory of t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megakd.batch import Group, Kind, Step
+from megakd.batch import Group, Kind
 from megakd.config import Parallel
 from megakd.data.dataset import preference_groups, read_rows
 from megakd.data.tokenizers import load_tokenizer
 from megakd.hf.directory import tensor_files
-from megakd.hf.exporter import ExportTarget, export_model
-from megakd.losses import fused_token_log_probs
-from megakd.mcore.decoder import PipelineDecoder
-from megakd.mcore.model import Model, evaluating
-from megakd.mcore.step import forward_hidden
-from megakd.rollout import Prompt, Sampling, generate
+from megakd.rollout import Prompt, Sampling
 from tests.mcore import cases
 from tests.ranks import run_ranks
 
@@ -82,42 +75,13 @@ def exported(tmp_path_factory) -> Path:
 # ----------------------------------------------------------------------------------------------------- megatron-core
 
 
-def _measure(directory: str, parallel: Parallel, groups: Sequence[Group], prompts: Sequence[Prompt],
-             sampling: Sampling, export_to: Path | None) -> tuple[dict[int, list[float]] | None, list[tuple[int, ...]]]:
-    """On each rank: the log-probs of each sequence's response (on the last stage), and the answers to the prompts."""
-    model = cases.build(directory, parallel)
-    if export_to is not None:
-        export_model(
-            ExportTarget(export_to, Path(directory), torch.float32), model.architecture, model.shards,
-            list(map(model.parameters_of, range(len(model.chunks)))), layout=model.grid.layout, at=model.grid.at,
-            tp_group=model.grid.groups.tp, barrier_group=dist.group.WORLD)
-    with evaluating(model):
-        answers = generate(PipelineDecoder(model, 512), prompts, sampling, slots=SLOTS, pad_id=0)
-        return _log_probs(model, groups), [answer.tokens for answer in answers]
-
-
-def _log_probs(model: Model, groups: Sequence[Group]) -> dict[int, list[float]] | None:
-    step = Step(tuple(groups))
-    batches = step.batches(step.table(1, MICRO_BATCH)[0], pad_id=0, padding=model.padding, device="cpu")
-    outputs = forward_hidden(model, batches)
-    if outputs is None:
-        return None
-    found: dict[int, list[float]] = {}
-    for batch, hidden_TH in zip(batches, outputs, strict=True):
-        log_probs_T = fused_token_log_probs(hidden_TH, model.head_VH, batch.positions.labels_T,
-                                            tp_group=model.grid.groups.tp, vocab_size=model.architecture.vocab_size)
-        samples_T = batch.sample_ids_B[batch.positions.rows_T]
-        for sample, log_prob in zip(samples_T.tolist(), log_probs_T.tolist(), strict=True):
-            found.setdefault(sample, []).append(log_prob)
-    return found
-
-
 @pytest.fixture(scope="module", params=LAYOUTS)
 def measured(request, directory, groups, prompts, greedy, exported):
     """A layout's name, and what all of its ranks have found."""
     parallel = LAYOUTS[request.param]
-    results = run_ranks(parallel.tensor * parallel.pipeline, _measure, directory, parallel, groups, prompts, greedy,
-                        exported if request.param == EXPORTING else None, timeout=600)
+    written = exported if request.param == EXPORTING else None
+    results = run_ranks(parallel.tensor * parallel.pipeline, cases.log_probs_and_answers, directory, parallel, groups,
+                        MICRO_BATCH, prompts, greedy, SLOTS, written, timeout=600)
     return request.param, results
 
 

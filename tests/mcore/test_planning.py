@@ -14,7 +14,7 @@ from megakd.planning.memory import GATHERED, training_memory
 from megakd.planning.traffic import training_traffic
 from tests.mcore.cases import Distillation
 from tests.mcore.planning_cases import TRIES, measured_step, setup_of
-from tests.mcore.tiny import make_llama
+from tests.mcore.tiny import make_llama, make_qwen3
 from tests.ranks import run_ranks
 
 TP2 = Parallel(tensor=2)
@@ -26,13 +26,15 @@ CASES = {
     "tp2": (2, DckdObjective(), TP2, Parallel(), (4, 2), "none"),
     "tp2 sp | tp2": (2, AdpaObjective(), SP2, TP2, (4, 4), "none"),
     "tp2 sp": (2, DpoObjective(), SP2, SP2, (4, 4), "none"),
-    "tp2 sp, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
+    "tp2 sp, norms of heads, mlp again": (2, DpoObjective(), SP2, SP2, (4, 4), "mlp"),
     "pp2 | tp2 sp": (2, DpoObjective(), Parallel(pipeline=2), SP2, (2, 4), "none"),
     "dp2 | pp2": (2, AdpaObjective(), Parallel(), Parallel(pipeline=2), (2, 4), "full"),
     "cp2 | dp2": (2, DpoObjective(), Parallel(context=2), Parallel(context=2), (4, 4), "none"),
     "tp2 pp2 | dp4": (4, SftObjective(), Parallel(tensor=2, pipeline=2), Parallel(), (2, 1), "mlp"),
     "dp2, offloaded": (2, SftObjective(), Parallel(), Parallel(), (1, 4), "full"),
     "pp2 vpp2 dp2": (4, SftObjective(), Parallel(pipeline=2, virtual_pipeline=2), Parallel(), (1, 2), "none"),
+    "tp2, norms of heads": (2, SftObjective(), TP2, Parallel(), (4, 4), "none"),
+    "cp2, norms of heads": (2, SftObjective(), Parallel(context=2), Parallel(), (4, 4), "none"),
 }
 
 
@@ -42,8 +44,10 @@ def directories(tmp_path_factory) -> dict[str, str]:
     student's layers divide by no pipeline: the chunks of an interleaved one have 2, 2, 2 and 1."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden": 128, "heads": 8, "kv_heads": 4}
-    return {role: str(make_llama(folder / role, seed=seed, layers=layers, tied=role == "student", **sizes))
+    made = {role: str(make_llama(folder / role, seed=seed, layers=layers, tied=role == "student", **sizes))
             for seed, (role, layers) in enumerate({"student": 7, "teacher": 4, "reference": 4}.items())}
+    # Heads of 32, which together are twice as wide as the hidden states.
+    return made | {"norms of heads": str(make_qwen3(folder / "norms", seed=4, layers=7, head_dim=32, **sizes))}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,7 +58,8 @@ def test_memory_and_traffic_are_those_of_real_ranks(directories, name):
     samples = tuple(Sample(tuple(range(3, 99)), 40 + kind, kind) for kind in kinds)
     group = Group("row:0", samples)
     case = Distillation(
-        directories, {"student": student, "teacher": teachers, "reference": teachers},
+        directories | {"student": directories["norms of heads" if "norms of heads" in name else "student"]},
+        {"student": student, "teacher": teachers, "reference": teachers},
         {"student": student_micro, "teacher": teacher_micro, "reference": teacher_micro}, objective, (group,) * 8, 8,
         TRIES + 2, recompute=recompute, offload="offloaded" in name,
     )

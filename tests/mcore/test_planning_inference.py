@@ -14,7 +14,7 @@ from megakd.planning.setup import RoleSetup
 from megakd.planning.work import Lengths, MicroBatch
 from megakd.rollout import Prompt, Sampling
 from tests.mcore.planning_cases import measured_generation, measured_scoring
-from tests.mcore.tiny import make_llama
+from tests.mcore.tiny import make_llama, make_qwen3
 from tests.ranks import run_ranks
 
 PP2 = Parallel(pipeline=2)
@@ -23,20 +23,23 @@ GENERATIONS = {
     # name: (layout, answers of a prompt, length of prompts and answers, slots, temperature, top_k, top_p)
     "one process, greedy": (Parallel(), 1, 60, 8, 16, 0.0, 0, 1.0),
     "one process, drawn": (Parallel(), 1, 2, 6, 96, 1.0, 20, 1.0),
-    "tp2, greedy": (TP2, 1, 60, 8, 16, 0.0, 0, 1.0),
+    "tp2, greedy, norms of heads": (TP2, 1, 60, 8, 16, 0.0, 0, 1.0),
     "tp2, drawn": (TP2, 2, 2, 6, 96, 1.0, 20, 1.0),
     "tp2, long answers": (TP2, 1, 2, 48, 16, 0.7, 0, 1.0),
     "pp2 vpp2, greedy": (Parallel(pipeline=2, virtual_pipeline=2), 1, 20, 12, 32, 0.0, 0, 1.0),
 }
 SCORINGS = {
-    "one process": Parallel(), "tp2": TP2, "tp2 sp": Parallel(tensor=2, sequence=True), "pp2": PP2,
+    "one process": Parallel(), "tp2": TP2, "tp2 sp, norms of heads": Parallel(tensor=2, sequence=True), "pp2": PP2,
 }
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> str:
-    """A model whose activations and cache outweigh what the formulas leave out."""
-    return str(make_llama(tmp_path_factory.mktemp("model"), seed=1, hidden=128, layers=7, heads=8, kv_heads=4))
+def directories(tmp_path_factory) -> dict[bool, str]:
+    """Models whose activations and cache outweigh what the formulas leave out: without norms of heads, and with them,
+    its heads together twice as wide as its hidden states."""
+    folder, sizes = tmp_path_factory.mktemp("models"), {"hidden": 128, "layers": 7, "heads": 8, "kv_heads": 4}
+    return {False: str(make_llama(folder / "llama", seed=1, **sizes)),
+            True: str(make_qwen3(folder / "norms", seed=1, head_dim=32, **sizes))}
 
 
 def counted(calls) -> Counter:
@@ -47,7 +50,8 @@ def counted(calls) -> Counter:
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_memory_and_traffic_of_a_generation(directory, name):
+def test_memory_and_traffic_of_a_generation(directories, name):
+    directory = directories["norms of heads" in name]
     parallel, n, prompt, answer, slots, temperature, top_k, top_p = GENERATIONS[name]
     world = parallel.tensor * parallel.pipeline
     # All prompts alike and no stop token, so that every round has all rows.
@@ -74,7 +78,8 @@ def test_memory_and_traffic_of_a_generation(directory, name):
 
 
 @pytest.mark.parametrize("name", SCORINGS)
-def test_memory_of_scoring(directory, name):
+def test_memory_of_scoring(directories, name):
+    directory = directories["norms of heads" in name]
     parallel, micro_batch, k, chunk = SCORINGS[name], 4, 50, 64
     world, count = parallel.tensor * parallel.pipeline, 4 * parallel.pipeline
     sample = Sample(tuple(range(3, 99)), 40, Kind.CHOSEN)

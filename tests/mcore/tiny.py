@@ -6,7 +6,14 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megakd.batch import Group, Kind, Sample
 
@@ -37,6 +44,21 @@ def make_qwen2(directory: Path, *, seed: int) -> Path:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             torch.nn.init.normal_(linear.bias, std=0.3)
     qwen2.save_pretrained(directory)
+    return directory
+
+
+def make_qwen3(directory: Path, *, seed: int, hidden: int = 48, layers: int = 4, heads: int = 6, kv_heads: int = 3,
+               head_dim: int = 16, tied: bool = True) -> Path:
+    """Writes a random model with norms of queries and keys, whose heads together are wider than its hidden states."""
+    torch.manual_seed(seed)
+    qwen3 = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=128,
+        tie_word_embeddings=tied, initializer_range=0.15, use_sliding_window=False, bos_token_id=1, eos_token_id=2))
+    for layer in qwen3.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)  # at first they are all one
+    qwen3.save_pretrained(directory)
     return directory
 
 

@@ -41,7 +41,8 @@ def _stored(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("spec", ["local", "te"])
-@pytest.mark.parametrize("a", [architecture(), architecture(family="qwen2", qkv_bias=True, tied_embeddings=False)])
+@pytest.mark.parametrize("a", [architecture(), architecture(family="qwen2", qkv_bias=True, tied_embeddings=False),
+                               architecture(family="qwen3")])
 def test_round_trip(tmp_path, a, spec, files):
     tensors = random_tensors(a)
     source = write_model(tmp_path / "source", a, tensors, files)

@@ -60,6 +60,23 @@ def test_qwen2_has_a_bias(tmp_path):
     assert _read(tmp_path, config).qkv_bias
 
 
+def test_qwen3_normalises_queries_and_keys(tmp_path):
+    # Qwen3-8B's config.json, as its page has it.
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 40960,
+        "max_window_layers": 36, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    }
+    read = _read(tmp_path, config)
+    assert read == Architecture("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, None, False, False, 40960)
+    assert read.qk_norm and not architecture().qk_norm and not architecture(family="qwen2").qk_norm
+    assert _read(tmp_path, _without(config, "head_dim") | {"hidden_size": 5120}).head_dim == 128  # not hidden / heads
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -82,6 +99,12 @@ def test_qwen2_has_a_bias(tmp_path):
         ({"model_type": "mistral"}, "sliding_window"),  # absent there means 4096
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ({"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                                  "original_max_position_embeddings": 32768}}, "rope_scaling"),
+        ({"model_type": "qwen3_moe"}, "model_type"),
     ],
 )
 def test_refused(tmp_path, changes, field):
@@ -89,6 +112,15 @@ def test_refused(tmp_path, changes, field):
         _read(tmp_path, config_json(architecture()) | changes)
     message = str(error.value)
     assert str(tmp_path) in message and f"{field} = " in message and "Supported: " in message
+
+
+@pytest.mark.parametrize(("family", "field", "off"), [("mistral", "sliding_window", None),
+                                                       ("qwen3", "use_sliding_window", False)])
+def test_a_refused_window_says_what_to_write(tmp_path, family, field, off):
+    config = config_json(architecture()) | {"model_type": family, field: True}
+    with pytest.raises(ModelError, match=f"write {json.dumps(off)} in config.json"):
+        _read(tmp_path, config)
+    _read(tmp_path, config | {field: off})
 
 
 def test_missing_field_and_file(tmp_path):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 import megakd.hf.importer as importer
 from megakd.errors import ModelError
 from megakd.hf.directory import tensor_files
-from megakd.hf.families import Architecture
-from megakd.hf.importer import load_head, load_parameters
+from megakd.hf.families import FAMILIES, Architecture
+from megakd.hf.importer import check_tied_head, load_head, load_parameters
 from megakd.hf.pieces import Shard, padded_vocab, parameter_shapes, pieces, stage_shards
+from megakd.hf.random_model import write_random_model
 from tests.hf_models import architecture, cut, random_tensors, write_model
 
 # name -> architecture, tensor size, pipeline size, virtual pipeline, spec, files of the source
@@ -22,6 +23,7 @@ _CASES = {
     "tied, padded heads": (architecture(layers=5), 2, 2, 1, "local", 1),
     "untied, several files": (architecture(tied_embeddings=False, layers=7), 3, 2, 2, "te", 3),
     "bias, more ranks than groups": (architecture(qkv_bias=True, family="qwen2", kv_heads=2), 4, 1, 1, "local", 2),
+    "norms of heads": (architecture(family="qwen3"), 2, 2, 1, "te", 2),
     "ranks with padding alone": (architecture(vocab_size=100, kv_heads=1, heads=2), 3, 1, 1, "te", 1),
 }
 
@@ -214,3 +216,31 @@ def test_a_real_model_comes_back_from_its_shards():
             assert torch.equal(local.reshape(piece.hf_size), whole[piece.hf_name][piece.hf_index])
             owned[piece.hf_name] += piece.elements if piece.primary else 0
     assert owned == {name: value.numel() for name, value in whole.items()}
+
+
+def test_a_tied_head_that_the_files_hold_besides(tmp_path, monkeypatch):
+    """As Qwen3's smallest models have it: no more is read for it, and another one is refused."""
+    monkeypatch.setattr(importer, "_COMPARED_ROWS", 40)
+    a = architecture(family="qwen3")
+    tensors = random_tensors(a)
+    head = tensors["model.embed_tokens.weight"].clone()
+    for name, own in {"alone": {}, "same": {"lm_head.weight": head}}.items():
+        check_tied_head(write_model(tmp_path / name, a, tensors | own, files=3))
+    [whole] = _shards(a, 1, 1, 1, "local")
+    load_parameters(tmp_path / "same", a, whole, parameters := _empty(a, whole))
+    assert all(torch.equal(parameters[name], expected) for name, expected in cut(a, tensors, whole).items())
+    head[-1, -1] += 1
+    other = write_model(tmp_path / "other", a, tensors | {"lm_head.weight": head})
+    with pytest.raises(ModelError, match="tie_word_embeddings = True, but lm_head.weight .* is not .*false"):
+        check_tied_head(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_are_of_their_family(tmp_path, family):
+    a = architecture(family=family, qkv_bias=FAMILIES[family].qkv_bias, head_dim=2)
+    write_random_model(tmp_path, a, seed=1)
+    assert Architecture.read(tmp_path) == a
+    [whole] = _shards(a, 1, 1, 1, "local")
+    load_parameters(tmp_path, a, whole, parameters := _empty(a, whole))
+    for name, values in parameters.items():
+        assert (values == 1).all() if "layernorm" in name else values.std() == pytest.approx(0.02, rel=0.4), name

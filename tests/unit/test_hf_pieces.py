@@ -41,6 +41,7 @@ def _cases(draw) -> tuple[Architecture, list[Shard]]:
         vocab_size=draw(st.integers(1, 700)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
+        family=draw(st.sampled_from(["llama", "qwen3"])),
     )
     check_layout(a, tensor, pipeline, virtual, True, "student")
     spec = draw(st.sampled_from(["local", "te"]))
@@ -184,9 +185,9 @@ def test_layouts_that_are_accepted():
     check_layout(architecture(), 4, 4, 1, True, "student")
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_both_layer_specs_hold_the_same_boxes_under_other_names(qkv_bias):
-    a, others = architecture(qkv_bias=qkv_bias), {
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"family": "qwen3"}])
+def test_both_layer_specs_hold_the_same_boxes_under_other_names(changes):
+    a, others = architecture(**changes), {
         "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
         "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
     }

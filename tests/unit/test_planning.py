@@ -40,6 +40,10 @@ PUBLISHED = {  # sizes, norms a layer, and parameters as the models' safetensors
     "Llama 3 70B": (LLAMA_70B, 2, 70_553_706_496),
     "Llama 3.1 405B": (LLAMA_405B, 2, 405_853_388_800),
     "Mistral 7B": (architecture(4096, 32, 32, 8, 128, 14336, 32000), 2, 7_241_732_096),
+    # Its files hold the tied head, too.
+    "Qwen3 0.6B": (architecture(1024, 28, 16, 8, 128, 3072, 151936, family="qwen3"), 2, 751_632_384),
+    "Qwen3 4B": (architecture(2560, 36, 32, 8, 128, 9728, 151936, tied=True, family="qwen3"), 2, 4_022_468_096),
+    "Qwen3 32B": (architecture(5120, 64, 64, 8, 128, 25600, 151936, family="qwen3"), 2, 32_762_123_264),
     "Gemma 2 2B": (architecture(2304, 26, 8, 4, 256, 9216, 256000, tied=True), 4, 2_614_341_888),
     "Gemma 2 9B": (architecture(3584, 42, 16, 8, 256, 14336, 256000, tied=True), 4, 9_241_705_984),
     "Gemma 2 27B": (architecture(4608, 46, 32, 16, 128, 36864, 256000, tied=True), 4, 27_227_128_320),
@@ -332,6 +336,20 @@ def test_attention_keeps_all_keys_and_values_on_the_cpu_and_its_own_in_a_ring():
     assert ring[1] == ring[2] == ring[0]
     travelling = training_memory(context_setup(4, "cuda"), 0).phases["keys and values travel"]["keys and values"]
     assert travelling == 2 * 96 / 4 * 2 * (3 * 2 * key + 4 * query)
+
+
+def test_norms_of_heads_keep_their_inputs():
+    # Of a position on a tensor rank: 16 query heads and 4 key heads of 128, and as many numbers to divide by.
+    query, key, normed = 2048, 512, 4 * (16 + 4)
+    without, widths = layer_widths(LLAMA_8B, 2), layer_widths(replace(LLAMA_8B, family="qwen3"), 2)
+    assert (without.by_head, widths.by_head) == (0, query + key)
+    more = {device: [saved_of_layer(context_setup(context, device), widths, "none")
+                     - saved_of_layer(context_setup(context, device), without, "none") for context in (1, 2)]
+            for device in ("cpu", "cuda")}
+    # On the CPU the queries as they are taken out of the projection, and both normalised; the projection itself is
+    # there already, but not across context ranks. Transformer Engine's norms copy both out of it, and keep no output.
+    assert more["cpu"] == [2 * (2 * query + key) + normed, 2 * (2 * query + key + query + 2 * key) + normed]
+    assert more["cuda"] == [2 * (query + key) + normed] * 2
 
 
 def test_a_stage_of_a_recipe(tmp_path):
