@@ -40,7 +40,7 @@ from tests.gpu.devices import DEVICES, NO_SECOND_RANK, lacking, on_cuda
 from tests.mcore.cases import FP32, Box, Distillation, Job, KeptCalls, assemble, build, curve, first_gradients, world
 from tests.mcore.planning_cases import setup_of
 from tests.mcore.test_training import beside_plain, check_offloaded
-from tests.mcore.tiny import VOCABULARY, make_groups, make_llama
+from tests.mcore.tiny import VOCABULARY, make_groups, make_llama, make_qwen3
 from tests.ranks import run_ranks
 from tests.recipes import tiny_recipe
 
@@ -66,8 +66,9 @@ GRADIENTS_APART = {"fp32": 1e-4, "bf16": 0.05}
 def _models(folder: Path, layers: int = 2) -> dict[str, str]:
     """Sizes that FP8's products take: multiples of 128."""
     sizes = {"hidden": 256, "layers": layers, "heads": 4, "kv_heads": 2, "std": 0.06}
-    return {role: str(make_llama(folder / role, seed=seed, tied=role == "student", **sizes))
+    made = {role: str(make_llama(folder / role, seed=seed, tied=role == "student", **sizes))
             for seed, role in enumerate(("student", "teacher"))}
+    return made | {"qwen3": str(make_qwen3(folder / "qwen3", seed=2, head_dim=128, **sizes))}
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +127,25 @@ def _rows(directory: str, precision: Precision, groups: tuple[Group, ...], micro
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(directories) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """Hidden states, loss and gradients by megatron-core's own layers in float32."""
-    case = distillation(directories)
-    rows = run_ranks(1, _rows, directories["student"], FP32, case.groups, 4)[0]
-    metrics, boxes = run_ranks(1, first_gradients, case)[0]
-    return rows, metrics["loss"], assemble([boxes])
+def on_the_cpu(directories) -> Callable[[str], tuple[torch.Tensor, float, dict[str, torch.Tensor]]]:
+    """Hidden states, loss and gradients of a student by megatron-core's own layers in float32."""
+    @cache
+    def found(student: str) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+        case = distillation(directories | {"student": directories[student]})
+        rows = run_ranks(1, _rows, case.directories["student"], FP32, case.groups, 4)[0]
+        metrics, boxes = run_ranks(1, first_gradients, case)[0]
+        return rows, metrics["loss"], assemble([boxes])
+
+    return found
 
 
-@pytest.mark.parametrize("device, dtype", [("cpu", "bf16"), on_cuda("fp32"), on_cuda("bf16")])
-def test_hidden_states_and_gradients_are_those_of_the_local_layers(directories, on_the_cpu, device, dtype):
-    rows, loss, gradients = on_the_cpu
-    case = distillation(directories, Precision(dtype=dtype))
-    found = run_ranks(1, _rows, directories["student"], case.precision, case.groups, 4, device=device)[0]
+@pytest.mark.parametrize("device, dtype, student", [
+    ("cpu", "bf16", "student"), *(on_cuda(dtype, student) for student in ("student", "qwen3")
+                                  for dtype in ("fp32", "bf16"))])
+def test_hidden_states_and_gradients_are_those_of_the_local_layers(directories, on_the_cpu, device, dtype, student):
+    rows, loss, gradients = on_the_cpu(student)
+    case = distillation(directories | {"student": directories[student]}, Precision(dtype=dtype))
+    found = run_ranks(1, _rows, case.directories["student"], case.precision, case.groups, 4, device=device)[0]
     metrics, boxes = run_ranks(1, first_gradients, case, device=device)[0]
     found_gradients = assemble([boxes])
     assert found_gradients.keys() == gradients.keys()

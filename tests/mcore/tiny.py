@@ -48,13 +48,13 @@ def make_qwen2(directory: Path, *, seed: int) -> Path:
 
 
 def make_qwen3(directory: Path, *, seed: int, hidden: int = 48, layers: int = 4, heads: int = 6, kv_heads: int = 3,
-               head_dim: int = 16, tied: bool = True) -> Path:
+               head_dim: int = 16, tied: bool = True, std: float = 0.15) -> Path:
     """Writes a random model with norms of queries and keys, whose heads together are wider than its hidden states."""
     torch.manual_seed(seed)
     qwen3 = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=128,
-        tie_word_embeddings=tied, initializer_range=0.15, use_sliding_window=False, bos_token_id=1, eos_token_id=2))
+        tie_word_embeddings=tied, initializer_range=std, use_sliding_window=False, bos_token_id=1, eos_token_id=2))
     for layer in qwen3.model.layers:
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)  # at first they are all one
