@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 
 from megakd.planning.candidate import Candidate, settings_of
-from megakd.planning.memory import training_memory
-from megakd.planning.search import Limits, Option, Question, Teachers, fits, layouts, own_needs
+from megakd.planning.search import Limits, Option, Question, Teachers, fits, layouts, own_needs, teacher_needs
 from megakd.planning.setup import RoleSetup
 
 MOST_CHANGES = 4
@@ -48,6 +47,8 @@ def smallest_change(question: Question, own: Candidate, stored: Mapping[str, str
         candidates = [Candidate(own.cluster, question.setup(
             roles["student"], {name: role for name, role in roles.items() if name != "student"}, stored))
             for roles in fitting[:TIMED]]
+        # Two models that answer together have their caches at the same time, which their own needs do not say.
+        candidates = [each for each in candidates if each.fits]
         if candidates:
             return min(candidates, key=lambda each: each.seconds)
     return None
@@ -111,6 +112,6 @@ def _option(question: Question, own: Candidate, stored: Mapping[str, str], name:
     teachers = dict(own.setup.teachers) | ({} if name == "student" else {name: role})
     setup = question.setup(trained, teachers, stored)
     if name != "student":
-        memory = training_memory(setup, 0)
-        return Option(role, (memory.kept[f"{name}: weights"],), (sum(memory.phases[f"{name} runs"].values()),), 0.0)
+        kept, phase = teacher_needs(setup, name)
+        return Option(role, (kept,), (phase,), 0.0)
     return Option(role, *own_needs(setup), 0.0)

@@ -33,9 +33,9 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, padded_kv_heads
 from megakd.planning.candidate import Candidate, ScoredBeforehand, room, settings_of
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory import training_memory
-from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
-from megakd.planning.timing import training_time, uneven_within
+from megakd.planning.online import memory_with_draws, own_phases, teacher_phases, time_with_draws
+from megakd.planning.setup import Draws, LossCall, RoleSetup, TrainingSetup
+from megakd.planning.timing import uneven_within
 from megakd.planning.work import Lengths, work_of_lengths
 
 RECOMPUTE = ("none", "mlp", "full")
@@ -78,7 +78,8 @@ class Question:
     """Says whose weights are held in FP8."""
     overlap: bool = True
     offload: bool = False
-    """Both as in `TrainingSetup`."""
+    draws: Draws | None = None
+    """All three as in `TrainingSetup`."""
 
     def setup(self, trained: RoleSetup, teachers: Mapping[str, RoleSetup],
               stored: Mapping[str, str]) -> TrainingSetup:
@@ -96,7 +97,7 @@ class Question:
                                {role: setup.micro_batch for role, setup in roles.items()}, kinds)
         heads = {role: self.teachers[role] for role, signal in stored.items() if signal == "hidden_states"}
         return TrainingSetup(trained, dict(teachers), losses_with(self.losses, stored), work, self.chunk_tokens,
-                             self.dtype, self.device, heads, self.overlap, self.offload)
+                             self.dtype, self.device, heads, self.overlap, self.offload, self.draws)
 
     def signal_bytes(self, role: str) -> float:
         """Bytes in a step's files of one role's signals."""
@@ -298,12 +299,17 @@ def _teacher_options(question: Question, cluster: Cluster, limits: Limits, role:
     options: list[Option] = []
     for teacher in layouts(question, cluster, limits, role):
         setup = alone.setup(student, {role: teacher}, {})
-        memory = training_memory(setup, 0)
-        kept, phase = memory.kept[f"{role}: weights"], sum(memory.phases[f"{role} runs"].values())
+        kept, phase = teacher_needs(setup, role)
         if kept + phase <= room(cluster):
-            time = training_time(cluster, setup)
+            time = time_with_draws(cluster, setup)
             options.append(Option(teacher, (kept,), (phase,), time.total, time.parts[f"{role}: forward"]))
     return options
+
+
+def teacher_needs(setup: TrainingSetup, role: str) -> tuple[float, float]:
+    """What a teacher keeps, and needs at its own fullest moment: in a step, or while it draws."""
+    memory = memory_with_draws(setup, 0)
+    return memory.kept[f"{role}: weights"], max(teacher_phases(memory.phases, role).values())
 
 
 def _student_options(question: Question, cluster: Cluster, students: Sequence[RoleSetup],
@@ -319,20 +325,19 @@ def _student_options(question: Question, cluster: Cluster, students: Sequence[Ro
         setup = question.setup(student, teachers, stored)
         option = Option(student, *own_needs(setup), 0.0)
         if fits(option, lightest, cluster):
-            timed = replace(option, seconds=training_time(cluster, setup).total)
+            timed = replace(option, seconds=time_with_draws(cluster, setup).total)
             groups.setdefault(_group(student), []).append(timed)
     return [option for group in groups.values() for option in pareto(group, _costs)]
 
 
 def own_needs(setup: TrainingSetup) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What the trained model keeps, and needs at its fullest moment, on the stages that can be the fullest: without the
-    teachers' weights and forward passes."""
+    teachers' weights and forward passes, and without what these draw."""
     kept, phase = [], []
     for rank in setup.trained.fullest:
-        memory = training_memory(setup, rank)
+        memory = memory_with_draws(setup, rank)
         kept.append(sum(memory.kept.values()) - sum(memory.kept[f"{role}: weights"] for role in setup.teachers))
-        phase.append(max(sum(parts.values()) for name, parts in memory.phases.items()
-                         if name not in {f"{role} runs" for role in setup.teachers}))
+        phase.append(max(own_phases(memory.phases, setup.teachers).values()))
     # As many numbers for each layout of a group, for `pareto` compares them one by one.
     for numbers in (kept, phase):
         numbers += numbers[:1] * (MOST_FULLEST - len(numbers))
