@@ -33,7 +33,7 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, padded_kv_heads
 from megakd.planning.candidate import Candidate, ScoredBeforehand, room, settings_of
 from megakd.planning.cluster import Cluster
-from megakd.planning.online import memory_with_draws, own_phases, teacher_phases, time_with_draws
+from megakd.planning.online import TEACHER, memory_with_draws, own_phases, teacher_phases, time_with_draws
 from megakd.planning.setup import Draws, LossCall, RoleSetup, TrainingSetup
 from megakd.planning.timing import uneven_within
 from megakd.planning.work import Lengths, work_of_lengths
@@ -286,7 +286,7 @@ def teachers_options(question: Question, cluster: Cluster, limits: Limits,
     known: dict[tuple, list[Option]] = {}
     options = {}
     for role, architecture in question.teachers.items():
-        alike = (architecture, question.teacher_kinds[role])
+        alike = (architecture, question.teacher_kinds[role], _draws_beside(question, role))
         if alike not in known:
             known[alike] = _teacher_options(question, cluster, limits, role, first)
         options[role] = known[alike]
@@ -295,7 +295,7 @@ def teachers_options(question: Question, cluster: Cluster, limits: Limits,
 
 def _teacher_options(question: Question, cluster: Cluster, limits: Limits, role: str,
                      student: RoleSetup) -> list[Option]:
-    alone = replace(question, teachers={role: question.teachers[role]})
+    alone = replace(question, teachers={role: question.teachers[role]}, draws=_draws_beside(question, role))
     options: list[Option] = []
     for teacher in layouts(question, cluster, limits, role):
         setup = alone.setup(student, {role: teacher}, {})
@@ -304,6 +304,11 @@ def _teacher_options(question: Question, cluster: Cluster, limits: Limits, role:
             time = time_with_draws(cluster, setup)
             options.append(Option(teacher, (kept,), (phase,), time.total, time.parts[f"{role}: forward"]))
     return options
+
+
+def _draws_beside(question: Question, role: str) -> Draws | None:
+    """What is drawn while no teacher but `role` is there."""
+    return question.draws if role == TEACHER else None
 
 
 def teacher_needs(setup: TrainingSetup, role: str) -> tuple[float, float]:

@@ -248,7 +248,7 @@ def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch
 
 # ------------------------------------------------------------------------------------- answers drawn between the steps
 @old_objects_aside()
-def measured_online(file: str, stop_ids: tuple[int, ...]) -> dict:
+def measured_online(file: str) -> dict:
     """Bytes that the only stage of a recipe keeps, and of the fullest moment of a step with the draw before it; the
     collectives of a draw; how many tokens its answers have. Each step has a draw."""
     recipe = load(file)
@@ -256,7 +256,7 @@ def measured_online(file: str, stop_ids: tuple[int, ...]) -> dict:
     before = tensors()
     run, [stage] = Run(recipe, world), recipe.stages
     runtime.seed(recipe.seed, run.grid("student", trained=True))
-    run.tokenizer.stop_ids = stop_ids
+    run.tokenizer.stop_ids = ()  # all answers are as long as they may be
     training = Training(run, stage)
     training.trainer.prepare_states(0)
     training.trainer.zero_grad()
