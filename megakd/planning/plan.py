@@ -123,7 +123,7 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     found = tuple(search(question, cluster, Limits(best=best)) if best > 0 else ())
     longest = Candidate(cluster, setup_of_stage(recipe, stage, question.world, longest_of(recipe, mean)))
     return TrainingPlan(stage, nodes, question, own, longest.memory.total, found,
-                        notes_on(recipe, stage, longest))
+                        notes_on(recipe, stage, own, longest))
 
 
 def check_models(recipe: Recipe, stage: TrainStage) -> None:
@@ -183,8 +183,9 @@ def _other_ways(question: Question, own: Candidate) -> str:
         ", with the teachers scored beforehand" if quickest.scoring else "")
 
 
-def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str, ...]:
-    """What a reader of a plan has to know besides; `longest` is the recipe's layout with the longest sequences."""
+def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate, longest: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides; `own` is the recipe's layout, `longest` the same with the longest
+    sequences."""
     notes = []
     for name, role in longest.roles.items():
         layers, cut = role.architecture.layers, role.parallel
@@ -199,15 +200,16 @@ def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str
     if stage.optimizer.offload:
         notes.append("the optimizer's states travel to the host's memory and back each step (`offload`): the time of "
                      "that is not counted")
-    if longest.setup.draws is not None:
-        notes += _notes_on_draws(longest.setup.draws)
+    if own.setup.draws is not None:
+        notes += _notes_on_draws(own.setup.draws)
     return tuple(notes)
 
 
 def _notes_on_draws(draws: Draws) -> list[str]:
     """What the numbers of drawing leave out or take for granted."""
-    notes = [f"drawn answers count as long as the data's ({draws.mean.answer:.0f} tokens); their way to other replicas "
-             "and through the tokenizer is not counted, nor is that another number of `slots` may be quicker"]
+    notes = [f"drawn answers count as having {draws.mean.answer:.0f} tokens, the data's length cut at max_new_tokens; "
+             "their way to other replicas and through the tokenizer is not counted, and other `slots` are not looked "
+             "for"]
     if draws.mixed:
         notes.append("with `teacher_mix` both models wait for the longest of the answers that are under way, which "
                      f"counts as one of max_new_tokens = {draws.longest.answer:g}")
