@@ -26,11 +26,13 @@ def smallest_change(question: Question, own: Candidate, stored: Mapping[str, str
         limits: of the layouts that are looked at.
     """
     ladders = {name: _by_changes(question, own, name, role, limits) for name, role in own.roles.items()}
+    # A teacher that answers together with the trained model has fewest rows beside it.
+    fewest = min((role for rung in ladders["student"].values() for role in rung), key=lambda each: each.layout.copies)
     known: dict[tuple[str, RoleSetup], Option] = {}
 
     def option(name: str, role: RoleSetup) -> Option:
         if (name, role) not in known:
-            known[name, role] = _option(question, own, stored, name, role)
+            known[name, role] = _option(question, own, stored, name, role, fewest)
         return known[name, role]
 
     for changes in range(1, MOST_CHANGES + 1):
@@ -106,9 +108,11 @@ def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def _option(question: Question, own: Candidate, stored: Mapping[str, str], name: str, role: RoleSetup) -> Option:
-    """What one role needs in a layout, whatever the others': as `search.Option`."""
-    trained = role if name == "student" else own.setup.trained
+def _option(question: Question, own: Candidate, stored: Mapping[str, str], name: str, role: RoleSetup,
+            fewest: RoleSetup) -> Option:
+    """What one role needs in a layout, whatever the others': as `search.Option`; a teacher at the least, beside the
+    trained model's layout `fewest`."""
+    trained = role if name == "student" else fewest
     teachers = dict(own.setup.teachers) | ({} if name == "student" else {name: role})
     setup = question.setup(trained, teachers, stored)
     if name != "student":

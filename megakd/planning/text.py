@@ -79,7 +79,7 @@ def _stage(plan: TrainingPlan, given_nodes: bool) -> list[str]:
 def _own(plan: TrainingPlan) -> list[str]:
     own, steps = plan.own, plan.steps
     memory = own.memory
-    lines = [*_roles(own, plan.question.trains), *_draw(own),
+    lines = [*_roles(own, plan.question.trains), *_draw(own, plan.question.trains),
              _line("a step", f"{_seconds(own.seconds)} = {_shares(own.time.parts, own.time.total, _seconds)}"),
              _line("throughput", _throughput(own)),
              _line("the stage", f"{_duration(steps * own.seconds)}, {own.gpu_hours(steps):,.1f} GPU-hours"),
@@ -102,13 +102,13 @@ def _own(plan: TrainingPlan) -> list[str]:
     return lines
 
 
-def _draw(own: Candidate) -> list[str]:
+def _draw(own: Candidate, trains: str) -> list[str]:
     """What is drawn between steps, how often, and what it takes each time."""
     draws = own.setup.draws
     if draws is None:
         return []
     asked = [f"{who} {prompts:,} prompts" for who, prompts in (
-        ("the student's and the teacher's together of" if draws.mixed else "the student's of", draws.own_prompts),
+        (f"the {trains}'s and the teacher's together of" if draws.mixed else f"the {trains}'s of", draws.own_prompts),
         ("the teacher's of", draws.teacher_prompts)) if prompts > 0]
     answers = "an answer each" if draws.n == 1 else f"{draws.n} answers each"
     time, every = own.draw_time, "each step" if draws.every == 1 else f"every {draws.every} steps"

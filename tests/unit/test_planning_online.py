@@ -13,6 +13,7 @@ from megakd.errors import ConfigError
 from megakd.planning.candidate import MARGIN, Candidate
 from megakd.planning.inference import Generation, generation_memory, generation_time
 from megakd.planning.memory import training_memory
+from megakd.planning.nearest import smallest_change
 from megakd.planning.online import OTHERS_CACHE, draw_calls, draw_time, memory_with_draws, time_with_draws, turns
 from megakd.planning.plan import fewer_slots, plan_recipe
 from megakd.planning.recipe import question_of_stage, setup_of_stage
@@ -214,6 +215,9 @@ def test_the_best_layouts_are_the_best_with_their_draws(recipe_of, kind, online,
     assert sum(undrawn) > sum(each.fits for each in every) or share == 1
     assert search(asked, cluster, limits)[0].seconds == pytest.approx(
         min(each.seconds for each in every if each.fits), rel=1e-9)
+    if share < 1:
+        own = max(every, key=lambda each: each.memory.total)
+        assert not own.fits and smallest_change(asked, own, {}, limits).fits
 
 
 def test_a_plan_tells_of_draws(recipe_of):
