@@ -26,16 +26,16 @@ CASES = {
     "one rank": (1, {}, {}, {"objective": GKD, "global_batch": 8, "online": {"slots": 8, "max_new_tokens": 6}}),
     "tp2 sp, offloaded | dp2": (
         2, {"tensor": 2, "sequence": True}, {},
-        {"objective": GKD, "global_batch": 6, "optimizer": {"offload": True},
-         "online": {"slots": 6, "max_new_tokens": 3}}),
+        {"objective": GKD, "global_batch": 8, "optimizer": {"offload": True},
+         "online": {"slots": 8, "max_new_tokens": 2}}),
     "pp2 | tp2, both draw": (
         2, {"pipeline": 2}, {"tensor": 2},
         {"objective": {"kind": "dpkd", "lm_weight": 0}, "global_batch": 12,
-         "online": {"slots": 6, "max_new_tokens": 3}}),
+         "online": {"slots": 6, "max_new_tokens": 2}}),
     # Two turns: the caches of the first are gone before the second's are there.
     "dp2 | pp2, mixed": (
         2, {}, {"pipeline": 2},
-        {"objective": MINILLM, "global_batch": 8, "online": {"slots": 2, "max_new_tokens": 4, "teacher_mix": 0.3}}),
+        {"objective": MINILLM, "global_batch": 8, "online": {"slots": 2, "max_new_tokens": 3, "teacher_mix": 0.3}}),
 }
 PROMPT = "How many apples are seven and two and a third of eight and all the rest of the house?" + " And pears?" * 9
 
@@ -58,7 +58,7 @@ def written(folder: Path, name: str) -> Path:
     return write_recipe(folder, {
         "name": "online", "output": str(folder / "run"), "processes": world,
         "student": {"model": models["student"], "parallel": student, "micro_batch": 1, "recompute": "full"},
-        "teacher": {"model": models["teacher"], "parallel": teacher, "micro_batch": 1},
+        "teacher": {"model": models["teacher"], "parallel": teacher, "micro_batch": 2},
         "reference": {"model": models["teacher"]},
         "data": {"train": [str(folder / "train.jsonl")], "max_length": 250},
         "stages": [{"name": "train", "kind": "distill", "init": models["student"], "save_as": "trained", "steps": 99,
