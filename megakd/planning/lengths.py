@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 
 from megakd.batch import Kind
 from megakd.check import directory_behind, tokenizer_of
@@ -89,9 +90,10 @@ def longest_of(recipe: Recipe, lengths: Lengths) -> Lengths:
     return Lengths(lengths.prompt * factor, lengths.answer * factor)
 
 
-def longest_prompt(recipe: Recipe, max_new_tokens: int) -> int:
-    """A row of a cache is as long as a sequence may be: some prompt leaves the answer just what is left."""
-    return max(1, recipe.data.max_length - max_new_tokens)
+def longest_prompt(recipe: Recipe, max_new_tokens: int, mean: Lengths) -> int:
+    """A row of a cache is as long as a sequence may be: some prompt leaves the answer just what is left, and none is
+    taken to be shorter than the mean."""
+    return max(1, recipe.data.max_length - max_new_tokens, ceil(mean.prompt))
 
 
 def longest_answered(recipe: Recipe, architecture: Architecture, prompt: int, max_new_tokens: int) -> Lengths:

@@ -114,7 +114,7 @@ def _planned(recipe: Recipe, stage: InferenceStage, cluster: Cluster, nodes: int
              mean: Lengths) -> InferencePlan:
     world, written = nodes * ranks_per_node, 0.0
     rows, rows_from = rows_of(recipe, held_out=isinstance(stage, EvalStage))
-    longest = longest_prompt(recipe, getattr(stage, "max_new_tokens", 0))
+    longest = longest_prompt(recipe, getattr(stage, "max_new_tokens", 0), mean)
     if isinstance(stage, EvalStage):
         setup = evaluation_of_stage(recipe, stage, world, rows, mean, longest)
         roles = {label: drawn.role for label, (drawn, *_) in setup.models.items()} | setup.teachers

@@ -99,7 +99,7 @@ def draws_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengt
     if stage.teacher_draws and ("teacher" not in requires.teachers or "teacher" in stage.signals.stages):
         teacher = role_setup(recipe, "teacher", architecture_of(recipe, recipe.teacher.model), world)
     longest = longest_answered(recipe, architecture_of(recipe, stage.init),
-                               longest_prompt(recipe, online.max_new_tokens), online.max_new_tokens)
+                               longest_prompt(recipe, online.max_new_tokens, lengths), online.max_new_tokens)
     recorded = {"student": recipe.role(stage.trains).decode_graphs, "teacher": recipe.teacher.decode_graphs}
     replayed = tuple(who for who, is_so in recorded.items() if is_so)
     return Draws(online.every, asked["rollouts"], asked["teacher_answers"], online.n, online.slots,

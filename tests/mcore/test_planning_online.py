@@ -32,7 +32,7 @@ CASES = {
         2, {"pipeline": 2}, {"tensor": 2},
         {"objective": {"kind": "dpkd", "lm_weight": 0}, "global_batch": 12,
          "online": {"slots": 6, "max_new_tokens": 2}}),
-    # Two turns: the caches of the first are gone before the second's are there.
+    # Two turns.
     "dp2 | pp2, mixed": (
         2, {}, {"pipeline": 2},
         {"objective": MINILLM, "global_batch": 8, "online": {"slots": 2, "max_new_tokens": 3, "teacher_mix": 0.3}}),

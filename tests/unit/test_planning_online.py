@@ -70,6 +70,11 @@ def test_whom_a_draw_asks_how_much(recipe_of, objective, online, rows, own, teac
     assert (draws.teacher is not None) == (objective.get("form") == "simpo")
 
 
+def test_long_answers_leave_room_for_the_prompts(recipe_of):
+    draws = setup_in(recipe_of({"kind": "dpkd"}, max_new_tokens=95)).draws
+    assert (draws.mean, draws.longest) == (LENGTHS, Lengths(20, 76))  # 96 in all
+
+
 def test_a_step_pays_its_share_of_a_draw(recipe_of):
     recipe, cluster = recipe_of({"kind": "kd", "on_policy": 1.0}), small_cluster()
     setup = setup_in(recipe)
