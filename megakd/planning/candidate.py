@@ -2,7 +2,8 @@
 that a search finds.
 
 Model FLOPs are those of one forward and two backward passes of the trained model and one forward pass of each teacher,
-with heads at the loss positions alone; what is made again in a backward pass (recompute) is not counted.
+with heads at the loss positions alone; what is made again in a backward pass (recompute) is not counted, and neither is
+what a training draws (`online`): MFU is that of the learning, over seconds that have the drawing in them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 
 from megakd.batch import Kind
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory import Memory, training_memory
+from megakd.planning.memory import Memory
+from megakd.planning.online import draw_calls, draw_time, memory_with_draws, time_with_draws
 from megakd.planning.setup import RoleSetup, TrainingSetup
 from megakd.planning.sizes import model_flops
-from megakd.planning.timing import BACKWARD, StepTime, link_of, training_time
+from megakd.planning.timing import BACKWARD, StepTime, link_of
 from megakd.planning.traffic import training_traffic
 from megakd.planning.work import RoleWork
 
@@ -66,7 +68,7 @@ class Candidate:
     @cached_property
     def memories(self) -> dict[int, Memory]:
         """Of the pipeline ranks that can be the fullest."""
-        return {rank: training_memory(self.setup, rank) for rank in self.setup.trained.fullest}
+        return {rank: memory_with_draws(self.setup, rank) for rank in self.setup.trained.fullest}
 
     @property
     def pipeline_rank(self) -> int:
@@ -85,8 +87,13 @@ class Candidate:
 
     @cached_property
     def time(self) -> StepTime:
-        """Of a step of the training."""
-        return training_time(self.cluster, self.setup)
+        """Of a step of the training, with its share of a draw."""
+        return time_with_draws(self.cluster, self.setup)
+
+    @cached_property
+    def draw_time(self) -> StepTime | None:
+        """Of a draw, where the training draws answers."""
+        return None if self.setup.draws is None else draw_time(self.cluster, self.setup)
 
     @property
     def scoring_seconds(self) -> float:
@@ -141,13 +148,20 @@ class Candidate:
     @cached_property
     def traffic(self) -> list[Volume]:
         """What the first rank of the trained model's last stage sends in a step, where the loss is made."""
-        trained = self.setup.trained
-        volumes = []
-        for call in training_traffic(self.setup, trained.layout.rank(pipeline=trained.parallel.pipeline - 1)):
+        trained, draws = self.setup.trained, self.setup.draws
+        rank = trained.layout.rank(pipeline=trained.parallel.pipeline - 1)
+        calls = []
+        for call in training_traffic(self.setup, rank):
             name, _, what = call.purpose.partition(": ")
             # A teacher's own layers and stages are in its layout; its rows travel in the trained model's.
             own = name in self.setup.teachers and what != "hidden states"
-            link = link_of(self.cluster, self.setup.teachers[name] if own else trained, call.axis)
+            calls.append((self.setup.teachers[name] if own else trained, call))
+        if draws is not None:
+            calls += [(role, replace(call, calls=call.calls / draws.every))
+                      for role, call in draw_calls(self.setup, rank)]
+        volumes = []
+        for role, call in calls:
+            link = link_of(self.cluster, role, call.axis)
             if call.link_bytes > 0:
                 volumes.append(Volume(call.purpose, call.operation, call.axis,
                                       "node" if link is self.cluster.node_link else "network", call.calls,
@@ -173,12 +187,20 @@ class Candidate:
                        "host": self.memory.host},
             "time": {"parts": self.time.parts, "total": self.time.total, "with_scoring": self.seconds,
                      "bubble": self.bubble},
+            **({} if self.setup.draws is None else {"draw": self._draw_numbers()}),
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_second_per_gpu": self.tokens_per_second / self.world,
             "flops": self.flops, "mfu": self.mfu,
             "traffic": [vars(each) for each in self.traffic],
             "reason": self.reason,
         }
+
+    def _draw_numbers(self) -> dict[str, Any]:
+        draws = self.setup.draws
+        return {"every": draws.every, "slots": draws.slots, "answers_per_prompt": draws.n,
+                "prompts": {"own": draws.own_prompts, "teacher": draws.teacher_prompts},
+                "lengths": vars(draws.mean), "longest": vars(draws.longest),
+                "time": {"parts": self.draw_time.parts, "total": self.draw_time.total}}
 
     @property
     def roles(self) -> dict[str, RoleSetup]:

@@ -16,7 +16,7 @@ Legend: h hidden, f MLP width, k key heads x head size, V columns of the head; a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megakd.batch import Kind
 from megakd.errors import ConfigError
@@ -52,6 +52,18 @@ DRAWN_BYTES = 8
 """Of each number that says what a part of a row's columns has drawn: told in float64."""
 COUNTED = (Kind.CHOSEN,)
 """A kind to count loss positions by, where it makes no difference which."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of a generation that are alike."""
+
+    count: float
+    """On one replica, those of all companies together."""
+    tokens: float
+    """Positions of one."""
+    rows: float
+    """Answers that one gives a token."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,101 @@ class Generation:
         """Most prompt positions of a forward pass over prompts: some that are shorter than the longest may fill it."""
         return min(math.ceil(self.rows / self.n) * self.longest.prompt, max(PREFILL_TOKENS, self.longest.prompt))
 
+    @property
+    def gap_rows(self) -> int:
+        """Rows whose keys and values a decoding pass copies together, as others between them are done."""
+        return 0
+
+    @property
+    def prefill(self) -> Passes:
+        """The forward passes over prompts.
+
+        First the slots are filled. Then an answer ends in a decoding pass with the chance 1 / mean length, row by row:
+        of the passes in which any ends, each has the mean number of those that end in it. A prompt is read once a pass.
+        """
+        first = self.companies * math.ceil(self.rows / self.n)
+        together = max(1, int(PREFILL_TOKENS // self.mean.prompt))
+        passes, read = self.companies * math.ceil(first / self.companies / together), float(first)
+        later = self.answers - self.live
+        if later > 0:
+            rate = self.rows / self.mean.answer
+            ending = rate / -math.expm1(-rate)
+            times = later / ending
+            read += times * max(1.0, ending / self.n)
+            passes += times * math.ceil(max(1.0, ending / self.n) / together)
+        prompts = read / passes
+        tokens = min(prompts * self.mean.prompt, max(PREFILL_TOKENS, self.longest.prompt))
+        return Passes(passes, tokens, min(prompts * self.n, self.rows))
+
+    @property
+    def decoding(self) -> Passes:
+        """The forward passes of one token a row; the first token of an answer comes from the prefill."""
+        rows = self.answers * self.mean.answer / self.rounds / self.companies
+        return Passes(self.companies * self.rounds * max(0.0, 1 - 1 / self.mean.answer), rows, rows)
+
+    @property
+    def longest_row(self) -> float:
+        """Positions that a decoding pass reads of a row, in the mean: those of its longest one. Of the first answers it
+        grows to the longest answer, later it is near that."""
+        return self.mean.prompt + self.longest.answer * (1 - self.longest.answer / (2 * self.rounds))
+
+
+@dataclass(frozen=True)
+class MixedGeneration(Generation):
+    """One of two models that answer together (`rollout/mixed.py`). Of each copy of the model as many answers as it has
+    slots are under way, in one company whatever its stages: their prompts are all read in one pass, and they end
+    together, with the longest, before the next have their turn."""
+
+    turns: int = 1
+
+    @property
+    def answers(self) -> int:
+        """Of the replica with most: answers, not prompts, are shared out."""
+        return math.ceil(self.prompts * self.n / self.role.layout.data)
+
+    @property
+    def rows(self) -> int:
+        """Of a forward pass at first."""
+        return min(self.slots, self.answers)
+
+    @property
+    def companies(self) -> int:
+        """One: both models wait for each token."""
+        return 1
+
+    @property
+    def rounds(self) -> float:
+        """Tokens that the rows are given one after the other."""
+        return self.turns * self.longest.answer
+
+    @property
+    def prefill_tokens(self) -> float:
+        """Prompt positions of the pass over prompts: each answer reads its own, however many there are."""
+        return self.rows * self.longest.prompt
+
+    @property
+    def gap_rows(self) -> int:
+        """All but the one that is done first."""
+        return self.rows - 1
+
+    @property
+    def prefill(self) -> Passes:
+        """One pass a turn."""
+        rows = self.answers / self.turns
+        return Passes(self.turns, rows * self.mean.prompt, rows)
+
+    @property
+    def decoding(self) -> Passes:
+        """As many a turn as the longest answer has tokens after its first."""
+        passes = self.turns * (self.longest.answer - 1)
+        rows = self.answers * (self.mean.answer - 1) / passes if passes > 0 else 0.0
+        return Passes(passes, rows, rows)
+
+    @property
+    def longest_row(self) -> float:
+        """It grows to the longest answer in each turn."""
+        return self.mean.prompt + self.longest.answer / 2
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -148,6 +255,12 @@ class Scoring:
         return self.groups / self.role.micro_batch * self.work.all_rows * self.row_bytes
 
 
+def answering(role: RoleSetup) -> RoleSetup:
+    """A model while it answers: context ranks are replicas, and a token cannot be cut along the sequence
+    (`PipelineDecoder`)."""
+    return replace(role, parallel=role.parallel.forward.model_copy(update={"sequence": False}))
+
+
 def as_training(task: Generation | Scoring, micro_batch: MicroBatch) -> TrainingSetup:
     """A forward pass in the terms of a training: its only teacher is the model itself, and nothing has a gradient."""
     work = RoleWork((micro_batch,))
@@ -176,9 +289,11 @@ def generation_memory(task: Generation, pipeline_rank: int) -> Memory:
     # Which of a row's positions each query head of a group may see, kept until these rows' next pass, and the same once
     # more for the group's heads, of the rows that pass.
     kept_mask, heads = rows * task.positions * setup.parameter_bytes, widths.heads * widths.head_dim // widths.key
-    mask = kept_mask + task.rows * task.positions * heads * setup.parameter_bytes
     phases = {"prefill": {"forward": forward_bytes(setup, role, task.prefill_tokens, streams=4)},
-              "decode": {"forward": forward_bytes(setup, role, task.rows, streams=4), "mask": mask}}
+              "decode": {"forward": forward_bytes(setup, role, task.rows, streams=4), "mask": kept_mask,
+                         "heads' masks": task.rows * task.positions * heads * setup.parameter_bytes}}
+    if task.gap_rows > 0:
+        phases["decode"]["rows in use"] = 2 * task.gap_rows * widths.key * task.positions * setup.parameter_bytes
     if pipeline_rank == role.parallel.pipeline - 1:
         drawn = _drawing_bytes(task)
         hidden = task.prefill_tokens * widths.hidden * setup.parameter_bytes
@@ -235,6 +350,12 @@ def generation_traffic(task: Generation, pipeline_rank: int, tokens: float, rows
     return [call for call in calls if call.size > 1 and call.calls > 0]
 
 
+def generation_calls(task: Generation, pipeline_rank: int) -> list[Call]:
+    """The calls of a rank in all forward passes, of the mean size. Left out is what `generation_traffic` leaves out."""
+    return [replace(call, calls=passes.count * call.calls) for passes in (task.prefill, task.decoding)
+            if passes.count > 0 for call in generation_traffic(task, pipeline_rank, passes.tokens, passes.rows)]
+
+
 def generation_time(cluster: Cluster, task: Generation) -> StepTime:
     """Seconds of the whole stage on the replica with most answers, without loading the model: prefill and decode.
 
@@ -246,23 +367,20 @@ def generation_time(cluster: Cluster, task: Generation) -> StepTime:
     Raises:
         ConfigError: passes are replayed, and the description does not say what that takes.
     """
-    def together(tokens: float, rows: float, host_us: float, **attended: float) -> float:
-        stages = _stage_seconds(cluster, task, tokens, rows, host_us, **attended)
-        return max(sum(stages), task.companies * max(stages))
+    def seconds(passes: Passes, host_us: float, **attended: float) -> float:
+        if passes.count == 0:
+            return 0.0
+        stages = _stage_seconds(cluster, task, passes.tokens, passes.rows, host_us, **attended)
+        return passes.count / task.companies * max(sum(stages), task.companies * max(stages))
 
-    passes, prompts = _prefills(task)
-    tokens = min(prompts * task.mean.prompt, max(PREFILL_TOKENS, task.longest.prompt))
-    prefill = passes / task.companies * together(tokens, min(prompts * task.n, task.rows),
-                                                 cluster.device.layer_forward_us,
-                                                 pairs=tokens * (task.mean.prompt + 1) / 2, read=0.0)
-    rows = task.answers * task.mean.answer / task.rounds / task.companies
-    # The longest row: of the first answers it grows to the longest answer, later it is near that.
-    longest = task.mean.prompt + task.longest.answer * (1 - task.longest.answer / (2 * task.rounds))
-    # A query for each row; the first token of an answer comes from the prefill.
-    share = max(0.0, 1 - 1 / task.mean.answer)
+    prefill, decoding = task.prefill, task.decoding
+    # A query for each row.
+    read = decoding.rows * task.longest_row
     host_us = _replayed_us(cluster) if task.replayed else cluster.device.layer_forward_us
-    decode = task.rounds * share * together(rows, rows, host_us, pairs=rows * longest, read=rows * longest)
-    return StepTime({"prefill": prefill, "decode": decode})
+    return StepTime({
+        "prefill": seconds(prefill, cluster.device.layer_forward_us,
+                           pairs=prefill.tokens * (task.mean.prompt + 1) / 2, read=0.0),
+        "decode": seconds(decoding, host_us, pairs=read, read=read)})
 
 
 def _replayed_us(cluster: Cluster) -> float:
@@ -270,25 +388,6 @@ def _replayed_us(cluster: Cluster) -> float:
         raise ConfigError("device.layer_replayed_us", None, "a role's decode_graphs is planned by it",
                           f"Add it to the description of {cluster.name}, or leave decode_graphs out")
     return cluster.device.layer_replayed_us
-
-
-def _prefills(task: Generation) -> tuple[float, float]:
-    """Forward passes over prompts, and the prompts of each.
-
-    First the slots are filled. Then an answer ends in a decoding pass with the chance 1 / mean length, row by row: of
-    the passes in which any ends, each has the mean number of those that end in it. A prompt is read once a pass.
-    """
-    first = task.companies * math.ceil(task.rows / task.n)
-    together = max(1, int(PREFILL_TOKENS // task.mean.prompt))
-    passes, read = task.companies * math.ceil(first / task.companies / together), float(first)
-    later = task.answers - task.live
-    if later > 0:
-        rate = task.rows / task.mean.answer
-        ending = rate / -math.expm1(-rate)
-        times = later / ending
-        read += times * max(1.0, ending / task.n)
-        passes += times * math.ceil(max(1.0, ending / task.n) / together)
-    return passes, read / passes
 
 
 def _stage_seconds(cluster: Cluster, task: Generation, tokens: float, rows: float, host_us: float, *, pairs: float,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
 
 from megakd.batch import Kind
 from megakd.check import directory_behind, tokenizer_of
 from megakd.config import Recipe
 from megakd.data.dataset import preference_groups, read_rows
 from megakd.errors import ConfigError
+from megakd.hf.families import Architecture
 from megakd.planning.work import Lengths
 
 SAMPLE = 256
@@ -85,3 +88,19 @@ def longest_of(recipe: Recipe, lengths: Lengths) -> Lengths:
     """As long as a sequence may be, with as large a share of answer."""
     factor = recipe.data.max_length / (lengths.prompt + lengths.answer)
     return Lengths(lengths.prompt * factor, lengths.answer * factor)
+
+
+def longest_prompt(recipe: Recipe, max_new_tokens: int, mean: Lengths) -> int:
+    """A row of a cache is as long as a sequence may be: some prompt leaves the answer just what is left, and none is
+    taken to be shorter than the mean."""
+    return max(1, recipe.data.max_length - max_new_tokens, ceil(mean.prompt))
+
+
+def longest_answered(recipe: Recipe, architecture: Architecture, prompt: int, max_new_tokens: int) -> Lengths:
+    """A prompt, and the tokens that an answer to it may have."""
+    return Lengths(prompt, min(max_new_tokens, min(recipe.data.max_length, architecture.max_positions) - prompt))
+
+
+def cut_off(mean: Lengths, longest: Lengths) -> Lengths:
+    """The mean lengths where answers end with `longest`."""
+    return replace(mean, answer=min(mean.answer, longest.answer))

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 
 from megakd.planning.candidate import Candidate, settings_of
-from megakd.planning.memory import training_memory
-from megakd.planning.search import Limits, Option, Question, Teachers, fits, layouts, own_needs
+from megakd.planning.search import Limits, Option, Question, Teachers, fits, layouts, own_needs, teacher_needs
 from megakd.planning.setup import RoleSetup
 
 MOST_CHANGES = 4
@@ -27,11 +26,13 @@ def smallest_change(question: Question, own: Candidate, stored: Mapping[str, str
         limits: of the layouts that are looked at.
     """
     ladders = {name: _by_changes(question, own, name, role, limits) for name, role in own.roles.items()}
+    # A teacher that answers together with the trained model has fewest rows beside it.
+    fewest = min((role for rung in ladders["student"].values() for role in rung), key=lambda each: each.layout.copies)
     known: dict[tuple[str, RoleSetup], Option] = {}
 
     def option(name: str, role: RoleSetup) -> Option:
         if (name, role) not in known:
-            known[name, role] = _option(question, own, stored, name, role)
+            known[name, role] = _option(question, own, stored, name, role, fewest)
         return known[name, role]
 
     for changes in range(1, MOST_CHANGES + 1):
@@ -48,6 +49,8 @@ def smallest_change(question: Question, own: Candidate, stored: Mapping[str, str
         candidates = [Candidate(own.cluster, question.setup(
             roles["student"], {name: role for name, role in roles.items() if name != "student"}, stored))
             for roles in fitting[:TIMED]]
+        # Two models that answer together have their caches at the same time, which their own needs do not say.
+        candidates = [each for each in candidates if each.fits]
         if candidates:
             return min(candidates, key=lambda each: each.seconds)
     return None
@@ -105,12 +108,14 @@ def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def _option(question: Question, own: Candidate, stored: Mapping[str, str], name: str, role: RoleSetup) -> Option:
-    """What one role needs in a layout, whatever the others': as `search.Option`."""
-    trained = role if name == "student" else own.setup.trained
+def _option(question: Question, own: Candidate, stored: Mapping[str, str], name: str, role: RoleSetup,
+            fewest: RoleSetup) -> Option:
+    """What one role needs in a layout, whatever the others': as `search.Option`; a teacher at the least, beside the
+    trained model's layout `fewest`."""
+    trained = role if name == "student" else fewest
     teachers = dict(own.setup.teachers) | ({} if name == "student" else {name: role})
     setup = question.setup(trained, teachers, stored)
     if name != "student":
-        memory = training_memory(setup, 0)
-        return Option(role, (memory.kept[f"{name}: weights"],), (sum(memory.phases[f"{name} runs"].values()),), 0.0)
+        kept, phase = teacher_needs(setup, name)
+        return Option(role, (kept,), (phase,), 0.0)
     return Option(role, *own_needs(setup), 0.0)

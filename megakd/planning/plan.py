@@ -25,6 +25,7 @@ from megakd.planning.nodes import check_nodes, fewest_nodes
 from megakd.planning.plan_inference import InferencePlan, can_be_planned, plan_inference
 from megakd.planning.recipe import question_of_stage, setup_of_stage
 from megakd.planning.search import Limits, Question, check_arithmetic, search
+from megakd.planning.setup import Draws
 from megakd.planning.timing import uneven_within
 from megakd.planning.work import Lengths
 
@@ -122,7 +123,7 @@ def plan_training(recipe: Recipe, stage: TrainStage, cluster: Cluster, nodes: in
     found = tuple(search(question, cluster, Limits(best=best)) if best > 0 else ())
     longest = Candidate(cluster, setup_of_stage(recipe, stage, question.world, longest_of(recipe, mean)))
     return TrainingPlan(stage, nodes, question, own, longest.memory.total, found,
-                        notes_on(recipe, stage, longest))
+                        notes_on(recipe, stage, own, longest))
 
 
 def check_models(recipe: Recipe, stage: TrainStage) -> None:
@@ -130,6 +131,8 @@ def check_models(recipe: Recipe, stage: TrainStage) -> None:
     question = question_of_stage(recipe, stage, 1, Lengths(0, 0))
     named = {stage.trains: question.trained} | {
         role: architecture for role, architecture in question.teachers.items() if role in roles_of(stage)}
+    if question.draws is not None and question.draws.teacher is not None:
+        named["teacher"] = question.draws.teacher.architecture
     for name, architecture in named.items():
         cut = recipe.role(name).parallel
         check_layout(architecture, cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.pad_heads, name)
@@ -143,6 +146,9 @@ def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Can
     stored = {role: scored[name] for role, name in stage.signals.stages.items()}
     change = smallest_change(question, own, stored, Limits())
     ways = []
+    if (fewer := fewer_slots(own)) is not None:
+        ways.append(f"stages.{stage.name}.online.slots={fewer.setup.draws.slots} ({fewer.memory.total / GIB:.1f} GiB, "
+                    f"{fewer.seconds:.3g} s a step)")
     if change is not None:
         settings = " ".join(changes_between(own, change, question.trains))
         ways.append(f"{settings} ({change.memory.total / GIB:.1f} GiB, {change.seconds:.3g} s a step)")
@@ -156,6 +162,17 @@ def does_not_fit(recipe: Recipe, stage: TrainStage, question: Question, own: Can
     return ConfigError(f"stages.{stage.name}", f"{roles}; {question.world} GPUs", rule, fix)
 
 
+def fewer_slots(own: Candidate) -> Candidate | None:
+    """The layout with half the rows that decode at a time, a quarter, ...: the first that fits."""
+    slots = 1 if own.setup.draws is None else own.setup.draws.slots
+    while slots > 1:
+        slots //= 2
+        tried = replace(own, setup=replace(own.setup, draws=replace(own.setup.draws, slots=slots)))
+        if tried.fits:
+            return tried
+    return None
+
+
 def _other_ways(question: Question, own: Candidate) -> str:
     """What helps where no few changes do."""
     found = search(question, own.cluster, Limits(best=1))
@@ -166,8 +183,9 @@ def _other_ways(question: Question, own: Candidate) -> str:
         ", with the teachers scored beforehand" if quickest.scoring else "")
 
 
-def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str, ...]:
-    """What a reader of a plan has to know besides; `longest` is the recipe's layout with the longest sequences."""
+def notes_on(recipe: Recipe, stage: TrainStage, own: Candidate, longest: Candidate) -> tuple[str, ...]:
+    """What a reader of a plan has to know besides; `own` is the recipe's layout, `longest` the same with the longest
+    sequences."""
     notes = []
     for name, role in longest.roles.items():
         layers, cut = role.architecture.layers, role.parallel
@@ -182,7 +200,23 @@ def notes_on(recipe: Recipe, stage: TrainStage, longest: Candidate) -> tuple[str
     if stage.optimizer.offload:
         notes.append("the optimizer's states travel to the host's memory and back each step (`offload`): the time of "
                      "that is not counted")
-    if stage.online is not None:
-        notes.append("answers are drawn while it trains (`online`): the time and memory of that are not counted")
+    if own.setup.draws is not None:
+        notes += _notes_on_draws(own.setup.draws)
     return tuple(notes)
+
+
+def _notes_on_draws(draws: Draws) -> list[str]:
+    """What the numbers of drawing leave out or take for granted."""
+    notes = [f"drawn answers count as having {draws.mean.answer:.0f} tokens, the data's length cut at max_new_tokens; "
+             "their way to other replicas and through the tokenizer is not counted, and other `slots` are not looked "
+             "for"]
+    if draws.mixed:
+        notes.append("with `teacher_mix` both models wait for the longest of the answers that are under way, which "
+                     f"counts as one of max_new_tokens = {draws.longest.answer:g}")
+    if draws.replayed:
+        notes.append("recordings of decoding passes (`decode_graphs`) are made anew by each draw: neither the time nor "
+                     "the memory of that is counted")
+    if draws.teacher is not None:
+        notes.append("the teacher takes part by its answers alone, in the recipe's layout: no other is looked for")
+    return notes
 

@@ -15,7 +15,7 @@ from megakd.hf.pieces import check_layout
 from megakd.planning.candidate import GIB, lack_of_room, layout_text, room
 from megakd.planning.cluster import Cluster
 from megakd.planning.inference import generation_memory, generation_time, scoring_memory, scoring_time
-from megakd.planning.lengths import lengths_of
+from megakd.planning.lengths import lengths_of, longest_prompt
 from megakd.planning.memory import Memory
 from megakd.planning.nodes import check_nodes, fewest_nodes
 from megakd.planning.recipe_inference import (
@@ -114,8 +114,7 @@ def _planned(recipe: Recipe, stage: InferenceStage, cluster: Cluster, nodes: int
              mean: Lengths) -> InferencePlan:
     world, written = nodes * ranks_per_node, 0.0
     rows, rows_from = rows_of(recipe, held_out=isinstance(stage, EvalStage))
-    # A row of the cache is as long as a sequence may be: some prompt leaves the answer just what is left.
-    longest = max(1, recipe.data.max_length - getattr(stage, "max_new_tokens", 0))
+    longest = longest_prompt(recipe, getattr(stage, "max_new_tokens", 0), mean)
     if isinstance(stage, EvalStage):
         setup = evaluation_of_stage(recipe, stage, world, rows, mean, longest)
         roles = {label: drawn.role for label, (drawn, *_) in setup.models.items()} | setup.teachers

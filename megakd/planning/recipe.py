@@ -23,8 +23,9 @@ from megakd.config_stages import ScoreStage, TrainStage
 from megakd.hf.families import Architecture
 from megakd.objectives import build_objective
 from megakd.objectives.base import Requires
+from megakd.planning.lengths import cut_off, longest_answered, longest_prompt
 from megakd.planning.search import Question
-from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
+from megakd.planning.setup import Draws, LossCall, RoleSetup, TrainingSetup
 from megakd.planning.work import Lengths, work_of_step
 
 
@@ -74,7 +75,36 @@ def question_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Le
         chunk_tokens=chunk_tokens_on(recipe.device, stage.chunk_tokens), dtype=recipe.precision.dtype,
         device=recipe.device, signal=signals[0] if signals else None, listed=listed or 0, trains=stage.trains,
         precision=recipe.precision, overlap=stage.optimizer.overlap is not False, offload=stage.optimizer.offload,
+        draws=draws_of_stage(recipe, stage, world, lengths),
     )
+
+
+def draws_of_stage(recipe: Recipe, stage: TrainStage, world: int, lengths: Lengths) -> Draws | None:
+    """What a training stage draws between its steps; None where all its answers are there before.
+
+    Raises:
+        ModelError: a model's config.json is missing or not supported.
+    """
+    online = stage.online
+    if online is None:
+        return None
+    requires = build_objective(stage.objective).requires
+    prompts = stage.global_batch * (online.every // online.passes)
+    if recipe.data.train_rows is not None:
+        prompts = min(prompts, recipe.data.train_rows)  # none is asked twice
+    # With `on_policy` a row has the student's answers or the others.
+    shares = {"rollouts": requires.on_policy or 1.0, "teacher_answers": 1.0 - requires.on_policy}
+    asked = {name: math.ceil(share * prompts) if name in stage.drawn_online else 0 for name, share in shares.items()}
+    teacher = None
+    if stage.teacher_draws and ("teacher" not in requires.teachers or "teacher" in stage.signals.stages):
+        teacher = role_setup(recipe, "teacher", architecture_of(recipe, recipe.teacher.model), world)
+    longest = longest_answered(recipe, architecture_of(recipe, stage.init),
+                               longest_prompt(recipe, online.max_new_tokens, lengths), online.max_new_tokens)
+    recorded = {"student": recipe.role(stage.trains).decode_graphs, "teacher": recipe.teacher.decode_graphs}
+    replayed = tuple(who for who, is_so in recorded.items() if is_so)
+    return Draws(online.every, asked["rollouts"], asked["teacher_answers"], online.n, online.slots,
+                 cut_off(lengths, longest), longest, online.temperature > 0, online.top_k, online.top_p < 1,
+                 online.teacher_mix > 0, requires.draws, replayed, teacher)
 
 
 def _answers(recipe: Recipe, stage: TrainStage, requires: Requires) -> tuple[Kind, ...]:

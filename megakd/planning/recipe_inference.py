@@ -7,7 +7,7 @@ benchmarks or call lm-eval.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megakd.batch import Kind
 from megakd.check import architecture_of
@@ -23,11 +23,13 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.inference import (
     Generation,
     Scoring,
+    answering,
     generation_memory,
     generation_time,
     scoring_memory,
     scoring_time,
 )
+from megakd.planning.lengths import cut_off, longest_answered
 from megakd.planning.memory import Memory
 from megakd.planning.recipe import role_setup
 from megakd.planning.setup import STATISTICS_BYTES, RoleSetup
@@ -54,25 +56,11 @@ def generation_of_stage(recipe: Recipe, stage: GenerateStage, world: int, prompt
     Raises:
         ModelError: the model's config.json is missing or not supported.
     """
-    role = _answering(role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world))
-    longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-    return Generation(role, stage.slots, prompts, stage.n, _drawn(mean, longest), longest, stage.temperature > 0,
+    role = answering(role_setup(recipe, stage.role, architecture_of(recipe, stage.model), world))
+    longest = longest_answered(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
+    return Generation(role, stage.slots, prompts, stage.n, cut_off(mean, longest), longest, stage.temperature > 0,
                       stage.top_k, stage.top_p < 1, recipe.precision.dtype, recipe.device,
                       recipe.role(stage.role).decode_graphs)
-
-
-def _answering(role: RoleSetup) -> RoleSetup:
-    """A model while it answers: a token cannot be cut along the sequence (`PipelineDecoder`)."""
-    return replace(role, parallel=role.parallel.model_copy(update={"sequence": False}))
-
-
-def _drawn(mean: Lengths, longest: Lengths) -> Lengths:
-    """The mean lengths where answers end with `longest`."""
-    return replace(mean, answer=min(mean.answer, longest.answer))
-
-
-def _longest(recipe: Recipe, architecture: Architecture, prompt: int, answer: int) -> Lengths:
-    return Lengths(prompt, min(answer, min(recipe.data.max_length, architecture.max_positions) - prompt))
 
 
 def scoring_of_stage(recipe: Recipe, stage: ScoreStage, world: int, rows: int, mean: Lengths) -> Scoring:
@@ -152,8 +140,8 @@ def evaluation_of_stage(recipe: Recipe, stage: EvalStage, world: int, rows: int,
     models = {}
     for label, model in stage.models.items():
         role = role_setup(recipe, "student", architecture_of(recipe, model), world)
-        longest = _longest(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
-        drawn = Generation(_answering(role), stage.slots, prompts, 1, _drawn(mean, longest), longest,
+        longest = longest_answered(recipe, role.architecture, longest_prompt, stage.max_new_tokens)
+        drawn = Generation(answering(role), stage.slots, prompts, 1, cut_off(mean, longest), longest,
                            sampling is not None, sampling.top_k if sampling else 0,
                            sampling is not None and sampling.top_p < 1, recipe.precision.dtype, recipe.device,
                            recipe.student.decode_graphs)

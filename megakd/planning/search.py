@@ -8,6 +8,11 @@ in the memory of a GPU. So each role is searched by itself, what is worse in mem
 the rest is combined. The best combinations are then timed together, which makes their numbers exact. What the engine
 refuses is left out by the engine's own rules (`check_parallel`, `check_layout`, `batch_multiple`).
 
+What a training draws between its steps (`online`) belongs to the role that draws it, in time and memory, and is
+searched with it, for the recipe's number of slots. Where two models answer together, the memory that each has beside
+the other, and the teacher's rows, which follow from the student's slots and replicas, are known of a combination alone:
+these count when the best are timed.
+
 Left out, too, are interleaved pipelines whose stages have chunks of different sizes (`uneven_within`): what takes turns
 with what it is not as long as waits, which `pipeline_seconds` does not know.
 
@@ -21,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
-from itertools import product, zip_longest
+from itertools import islice, product, zip_longest
 from math import gcd
 
 from megakd.batch import Kind
@@ -33,9 +38,9 @@ from megakd.hf.families import Architecture
 from megakd.hf.pieces import check_layout, padded_kv_heads
 from megakd.planning.candidate import Candidate, ScoredBeforehand, room, settings_of
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory import training_memory
-from megakd.planning.setup import LossCall, RoleSetup, TrainingSetup
-from megakd.planning.timing import training_time, uneven_within
+from megakd.planning.online import TEACHER, memory_with_draws, own_phases, teacher_phases, time_with_draws
+from megakd.planning.setup import Draws, LossCall, RoleSetup, TrainingSetup
+from megakd.planning.timing import uneven_within
 from megakd.planning.work import Lengths, work_of_lengths
 
 RECOMPUTE = ("none", "mlp", "full")
@@ -43,6 +48,8 @@ BESIDE, BEFORE = "beside", "before"
 """Where teachers run: on the same GPUs in the same step, or in score stages before the training."""
 EXACT = 12
 """Combinations of one layout of the trained model that are timed together."""
+MIXED = 300
+"""Combinations that are looked at where two models answer together, for EXACT that fit: their own needs do not say."""
 MOST_FULLEST = 4
 """Stages that `RoleSetup.fullest` has at most: two ends, and two kinds between."""
 TIE = 1e-6
@@ -78,7 +85,8 @@ class Question:
     """Says whose weights are held in FP8."""
     overlap: bool = True
     offload: bool = False
-    """Both as in `TrainingSetup`."""
+    draws: Draws | None = None
+    """All three as in `TrainingSetup`."""
 
     def setup(self, trained: RoleSetup, teachers: Mapping[str, RoleSetup],
               stored: Mapping[str, str]) -> TrainingSetup:
@@ -96,7 +104,7 @@ class Question:
                                {role: setup.micro_batch for role, setup in roles.items()}, kinds)
         heads = {role: self.teachers[role] for role, signal in stored.items() if signal == "hidden_states"}
         return TrainingSetup(trained, dict(teachers), losses_with(self.losses, stored), work, self.chunk_tokens,
-                             self.dtype, self.device, heads, self.overlap, self.offload)
+                             self.dtype, self.device, heads, self.overlap, self.offload, self.draws)
 
     def signal_bytes(self, role: str) -> float:
         """Bytes in a step's files of one role's signals."""
@@ -203,14 +211,16 @@ def _best(question: Question, cluster: Cluster, limits: Limits, students: Sequen
         groups.setdefault(_group(student.role), []).extend(
             (student.seconds + each.seconds, student.role, each) for each in teachers
             if fits(student, each, cluster))
-    ranked = sorted((nsmallest(EXACT, group, key=lambda each: each[0]) for group in groups.values() if group),
-                    key=lambda group: group[0][0])
-    found = []
+    mixed = question.draws is not None and question.draws.mixed
+    ranked = sorted((nsmallest(MIXED if mixed else EXACT, group, key=lambda each: each[0])
+                     for group in groups.values() if group), key=lambda group: group[0][0])
+    found: list[Candidate] = []
     stored = dict.fromkeys(scoring, question.signal)
-    for group in ranked[: 2 * limits.best + 2]:  # what is timed together may change places
-        exact = [Candidate(cluster, question.setup(trained, each.roles, stored), scoring)
-                 for _, trained, each in group]
-        found += sorted((each for each in exact if each.fits), key=_order)[:1]
+    for group in ranked:
+        exact = (Candidate(cluster, question.setup(trained, each.roles, stored), scoring) for _, trained, each in group)
+        found += sorted(islice((each for each in exact if each.fits), EXACT), key=_order)[:1]
+        if len(found) == 2 * limits.best + 2:  # what is timed together may change places
+            break
     return sorted(found, key=_order)[: limits.best + 1]
 
 
@@ -282,28 +292,40 @@ def teachers_options(question: Question, cluster: Cluster, limits: Limits,
     """Every teacher's layouts that fit into the memory by themselves; their times beside one and the same student."""
     # Few stages and few micro-batches: quick to time.
     first = min(students, key=lambda each: (each.parallel.pipeline, -each.micro_batch * each.layout.data))
+    # Beside it a teacher that answers together with it has fewest rows.
+    fewest = min(students, key=lambda each: each.layout.copies)
     known: dict[tuple, list[Option]] = {}
     options = {}
     for role, architecture in question.teachers.items():
-        alike = (architecture, question.teacher_kinds[role])
+        alike = (architecture, question.teacher_kinds[role], _draws_beside(question, role))
         if alike not in known:
-            known[alike] = _teacher_options(question, cluster, limits, role, first)
+            known[alike] = _teacher_options(question, cluster, limits, role, first, fewest)
         options[role] = known[alike]
     return options
 
 
 def _teacher_options(question: Question, cluster: Cluster, limits: Limits, role: str,
-                     student: RoleSetup) -> list[Option]:
-    alone = replace(question, teachers={role: question.teachers[role]})
+                     student: RoleSetup, fewest: RoleSetup) -> list[Option]:
+    alone = replace(question, teachers={role: question.teachers[role]}, draws=_draws_beside(question, role))
     options: list[Option] = []
     for teacher in layouts(question, cluster, limits, role):
         setup = alone.setup(student, {role: teacher}, {})
-        memory = training_memory(setup, 0)
-        kept, phase = memory.kept[f"{role}: weights"], sum(memory.phases[f"{role} runs"].values())
+        kept, phase = teacher_needs(alone.setup(fewest, {role: teacher}, {}), role)
         if kept + phase <= room(cluster):
-            time = training_time(cluster, setup)
+            time = time_with_draws(cluster, setup)
             options.append(Option(teacher, (kept,), (phase,), time.total, time.parts[f"{role}: forward"]))
     return options
+
+
+def _draws_beside(question: Question, role: str) -> Draws | None:
+    """What is drawn while no teacher but `role` is there."""
+    return question.draws if role == TEACHER else None
+
+
+def teacher_needs(setup: TrainingSetup, role: str) -> tuple[float, float]:
+    """What a teacher keeps, and needs at its own fullest moment: in a step, or while it draws."""
+    memory = memory_with_draws(setup, 0)
+    return memory.kept[f"{role}: weights"], max(teacher_phases(memory.phases, role).values())
 
 
 def _student_options(question: Question, cluster: Cluster, students: Sequence[RoleSetup],
@@ -319,20 +341,19 @@ def _student_options(question: Question, cluster: Cluster, students: Sequence[Ro
         setup = question.setup(student, teachers, stored)
         option = Option(student, *own_needs(setup), 0.0)
         if fits(option, lightest, cluster):
-            timed = replace(option, seconds=training_time(cluster, setup).total)
+            timed = replace(option, seconds=time_with_draws(cluster, setup).total)
             groups.setdefault(_group(student), []).append(timed)
     return [option for group in groups.values() for option in pareto(group, _costs)]
 
 
 def own_needs(setup: TrainingSetup) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What the trained model keeps, and needs at its fullest moment, on the stages that can be the fullest: without the
-    teachers' weights and forward passes."""
+    teachers' weights and forward passes, and without what these draw."""
     kept, phase = [], []
     for rank in setup.trained.fullest:
-        memory = training_memory(setup, rank)
+        memory = memory_with_draws(setup, rank)
         kept.append(sum(memory.kept.values()) - sum(memory.kept[f"{role}: weights"] for role in setup.teachers))
-        phase.append(max(sum(parts.values()) for name, parts in memory.phases.items()
-                         if name not in {f"{role} runs" for role in setup.teachers}))
+        phase.append(max(own_phases(memory.phases, setup.teachers).values()))
     # As many numbers for each layout of a group, for `pareto` compares them one by one.
     for numbers in (kept, phase):
         numbers += numbers[:1] * (MOST_FULLEST - len(numbers))

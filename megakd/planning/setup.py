@@ -12,7 +12,7 @@ from megakd.config import Parallel
 from megakd.hf.families import Architecture
 from megakd.hf.pieces import Shard, chunk_layers, spec_of, stage_shards
 from megakd.layout import Layout
-from megakd.planning.work import StepWork
+from megakd.planning.work import Lengths, StepWork
 
 STATISTICS_BYTES = 4
 """Of a number in losses, gradients and optimizer states: they are float32."""
@@ -101,6 +101,38 @@ class LossCall:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Answers that a training draws between its steps (`online`), whatever the layouts."""
+
+    every: int
+    """Steps between two draws."""
+    own_prompts: int
+    """That the trained model answers in a draw, over all replicas."""
+    teacher_prompts: int
+    """That the teacher answers in a draw."""
+    n: int
+    """Answers to each."""
+    slots: int
+    mean: Lengths
+    longest: Lengths
+    """The longest prompt, and the tokens that an answer may have."""
+    sampled: bool
+    """False: greedy."""
+    top_k: int
+    """0 keeps all tokens."""
+    top_p: bool
+    """Whether one is set."""
+    mixed: bool
+    """Whether the teacher draws some of the tokens of the trained model's answers: both then decode them in step."""
+    valued: bool
+    """Whether both models are asked afterwards how likely each token was."""
+    replayed: tuple[str, ...] = ()
+    """Of `student` and `teacher` those whose passes of one token a row are replayed (`decode_graphs`)."""
+    teacher: RoleSetup | None = None
+    """The teacher's layout where it answers and is none of `TrainingSetup.teachers`."""
+
+
+@dataclass(frozen=True)
 class TrainingSetup:
     """A training stage on a number of ranks."""
 
@@ -120,6 +152,8 @@ class TrainingSetup:
     parameters are counted as if nothing hid them. Buffers are the same with and without."""
     offload: bool = False
     """The optimizer's states are on the device during its step alone."""
+    draws: Draws | None = None
+    """What is drawn between the steps."""
 
     @property
     def heads(self) -> dict[str, Architecture]:

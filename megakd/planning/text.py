@@ -79,7 +79,7 @@ def _stage(plan: TrainingPlan, given_nodes: bool) -> list[str]:
 def _own(plan: TrainingPlan) -> list[str]:
     own, steps = plan.own, plan.steps
     memory = own.memory
-    lines = [*_roles(own, plan.question.trains),
+    lines = [*_roles(own, plan.question.trains), *_draw(own, plan.question.trains),
              _line("a step", f"{_seconds(own.seconds)} = {_shares(own.time.parts, own.time.total, _seconds)}"),
              _line("throughput", _throughput(own)),
              _line("the stage", f"{_duration(steps * own.seconds)}, {own.gpu_hours(steps):,.1f} GPU-hours"),
@@ -100,6 +100,21 @@ def _own(plan: TrainingPlan) -> list[str]:
             lines.append(_line(name, f"a GPU sends {_bytes(volumes.total())} a step: "
                                      f"{_shares(volumes, volumes.total(), _bytes)}"))
     return lines
+
+
+def _draw(own: Candidate, trains: str) -> list[str]:
+    """What is drawn between steps, how often, and what it takes each time."""
+    draws = own.setup.draws
+    if draws is None:
+        return []
+    asked = [f"{who} {prompts:,} prompts" for who, prompts in (
+        (f"the {trains}'s and the teacher's together of" if draws.mixed else f"the {trains}'s of", draws.own_prompts),
+        ("the teacher's of", draws.teacher_prompts)) if prompts > 0]
+    answers = "an answer each" if draws.n == 1 else f"{draws.n} answers each"
+    time, every = own.draw_time, "each step" if draws.every == 1 else f"every {draws.every} steps"
+    return [*([_line("teacher", f"{layout_text(draws.teacher)}; draws alone")] if draws.teacher is not None else []),
+            _line("a draw", f"{every}, {', '.join(asked)}, {answers}: {_seconds(time.total)} = "
+                            f"{_shares(time.parts, time.total, _seconds)}")]
 
 
 def _found(plan: TrainingPlan, candidate: Candidate, number: int) -> list[str]:

@@ -127,9 +127,10 @@ def generate_mixed(
     with evaluating(student), evaluating(teacher):
         for start in range(0, len(order), at_a_time):
             part = order[start : start + at_a_time]
-            sides = [_Side(model, stream, part, sampling, limit, pad_id)
-                     for stream, model in ((STUDENT, student), (TEACHER, teacher))]
-            _decode(part, sides, sampling, teacher_mix, world_group)
+            # Nobody here keeps the sides, and with them their caches, until the next ones have been made.
+            _decode(part, [_Side(model, stream, part, sampling, limit, pad_id)
+                           for stream, model in ((STUDENT, student), (TEACHER, teacher))],
+                    sampling, teacher_mix, world_group)
     return [Rollout(row.prompt.sample_id, row.index, tuple(row.tokens), tuple(row.log_probs),
                     "stop" if row.tokens[-1] in sampling.stop_ids else "length") for row in rows]
 

@@ -16,10 +16,11 @@ from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megakd.batch import Padding, Step
+from megakd.batch import Kind, Padding, Step
 from megakd.check_precision import rows_multiple
-from megakd.config import Parallel
+from megakd.config import Parallel, load
 from megakd.hf.families import Architecture
+from megakd.mcore import runtime
 from megakd.mcore.decoder import PipelineDecoder
 from megakd.mcore.model import evaluating, freeze
 from megakd.mcore.step import forward_hidden
@@ -29,6 +30,8 @@ from megakd.planning.recipe import loss_calls
 from megakd.planning.setup import RoleSetup, TrainingSetup
 from megakd.planning.work import work_of_step
 from megakd.rollout import Prompt, Sampling, generate
+from megakd.run import Run
+from megakd.train import Training
 from tests.mcore.cases import CPU, Distillation, Job, build
 
 OPERATIONS = {
@@ -241,3 +244,33 @@ def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch
     score(0)
     later = _bytes_besides(before)
     return {"kept": kept, "peak": later + peak_of(score, range(TRIES))}
+
+
+# ------------------------------------------------------------------------------------- answers drawn between the steps
+@old_objects_aside()
+def measured_online(file: str) -> dict:
+    """Bytes that the only stage of a recipe keeps, and of the fullest moment of a step with the draw before it; the
+    collectives of a draw; how many tokens its answers have. Each step has a draw."""
+    recipe = load(file)
+    world = runtime.adopt(CPU)
+    before = tensors()
+    run, [stage] = Run(recipe, world), recipe.stages
+    runtime.seed(recipe.seed, run.grid("student", trained=True))
+    run.tokenizer.stop_ids = ()  # all answers are as long as they may be
+    training = Training(run, stage)
+    training.trainer.prepare_states(0)
+    training.trainer.zero_grad()
+    kept = _bytes_besides(before)
+
+    def step(number: int) -> None:
+        training.forward_backward(training.step_at(number))
+        training.trainer.step()
+
+    step(0)
+    later = _bytes_besides(before)
+    peak = peak_of(step, range(1, 1 + TRIES))
+    with Collectives() as seen:
+        drawn = training.step_at(1 + TRIES)
+    lengths = [sample.response_length for group in drawn.groups for sample in group.samples
+               if sample.kind in (Kind.ROLLOUT, Kind.TEACHER_ANSWER)]
+    return {"kept": kept, "peak": later + peak, "calls": dict(seen.bytes), "lengths": lengths}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest.mock import patch
+from weakref import WeakSet
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megakd.config import Parallel
+from megakd.mcore.decoder import PipelineDecoder
 from megakd.rollout import Prompt, Rollout, Sampling
+from megakd.rollout.cache import KVCache
 from megakd.rollout.mixed import COIN, STUDENT, TEACHER, generate_mixed
 from megakd.rollout.sampling import gumbel_noise, noise_keys, uniform
 from tests.hf_models import architecture, random_tensors, write_model
@@ -54,6 +58,26 @@ def _generate(
               for directory, parallel in zip(directories, (student, teacher), strict=True)]
     return generate_mixed(*models, prompts, sampling, teacher_mix=mix, slots=slots, longest=64, pad_id=0,
                           world_group=dist.group.WORLD)
+
+
+def _most_caches(directories, prompts: list[Prompt], slots: int) -> int:
+    """How many caches there were at a time while two models answered."""
+    there, counts, made = WeakSet(), [], PipelineDecoder.new_cache
+
+    def new_cache(*args) -> KVCache:
+        cache = made(*args)
+        there.add(cache)
+        counts.append(len(there))
+        return cache
+
+    with patch.object(PipelineDecoder, "new_cache", new_cache):
+        _generate(directories, Parallel(), Parallel(), prompts, SAMPLING, MIX, slots)
+    assert len(counts) > 2, "there was one turn alone"
+    return max(counts)
+
+
+def test_caches_of_a_turn_are_gone_before_the_next(directories):
+    assert run_ranks(1, _most_caches, directories, _prompts(), 4) == [2]
 
 
 def _naive(directories, prompts: list[Prompt], sampling: Sampling, mix: float) -> list[tuple[list[int], list[bool]]]:
@@ -108,7 +132,6 @@ def test_without_a_teacher_s_share_it_is_the_engine_s_own_answer(directories):
 
 
 def _engine(directory: str, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
-    from megakd.mcore.decoder import PipelineDecoder
     from megakd.rollout import generate
 
     return generate(PipelineDecoder(cases.build(directory, Parallel()), 64), prompts, sampling, slots=4, pad_id=0)

@@ -169,7 +169,7 @@ def test_a_training_by_tokens_and_one_that_draws_answers(tmp_path):
     plans = {each.stage.name: each for each in plan_recipe(recipe, cluster, None, Lengths(20, 10), 2)}
     assert plans["dckd"].steps == 5  # of 4 x 2 x 30 tokens
     assert plans["adpa"].question.signal is None and not any(each.scoring for each in plans["adpa"].best)
-    assert any("online" in note for note in plans["adpa"].notes)
+    assert plans["adpa"].own.setup.draws.own_prompts == 4 and plans["adpa"].own.as_dict()["draw"]["every"] == 1
     text = describe(recipe, cluster, list(plans.values()), given_lengths=True, given_nodes=False)
     assert "dpo (dpo: dpo), 1 node = 2 GPUs" in text and "    teacher      TP1 x PP2 x DP1, micro-batch 2" in text
 
