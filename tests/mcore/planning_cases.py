@@ -247,18 +247,23 @@ def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch
 
 
 # ------------------------------------------------------------------------------------- answers drawn between the steps
+def drawing_training(file: str) -> Training:
+    """The only stage of a recipe on this rank, about to begin; all its answers are as long as they may be."""
+    recipe = load(file)
+    run, [stage] = Run(recipe, runtime.adopt(CPU)), recipe.stages
+    runtime.seed(recipe.seed, run.grid("student", trained=True))
+    run.tokenizer.stop_ids = ()
+    training = Training(run, stage)
+    training.trainer.prepare_states(0)
+    return training
+
+
 @old_objects_aside()
 def measured_online(file: str) -> dict:
     """Bytes that the only stage of a recipe keeps, and of the fullest moment of a step with the draw before it; the
     collectives of a draw; how many tokens its answers have. Each step has a draw."""
-    recipe = load(file)
-    world = runtime.adopt(CPU)
     before = tensors()
-    run, [stage] = Run(recipe, world), recipe.stages
-    runtime.seed(recipe.seed, run.grid("student", trained=True))
-    run.tokenizer.stop_ids = ()  # all answers are as long as they may be
-    training = Training(run, stage)
-    training.trainer.prepare_states(0)
+    training = drawing_training(file)
     training.trainer.zero_grad()
     kept = _bytes_besides(before)
 
