@@ -195,7 +195,8 @@ class AdaptiveKL(RowLoss):
     """
 
     BINS: ClassVar[int] = 1024
-    CANDIDATES: ClassVar[int] = 256
+    CANDIDATES: ClassVar[int] = 384
+    """A bin of a teacher whose logits have a deviation of 1 has some 280 of 128,256 tokens, of deviation 3 five."""
     roles: ClassVar[int] = 2
     spares: ClassVar[int] = 3
     passes: ClassVar[int] = 2
