@@ -6,7 +6,7 @@ import gc
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ from megakd.objectives import build_objective
 from megakd.objectives.base import RoleOutput
 from megakd.planning.recipe import loss_calls
 from megakd.planning.setup import RoleSetup, TrainingSetup
+from megakd.planning.traffic import Call
 from megakd.planning.work import work_of_step
 from megakd.rollout import Prompt, Sampling, generate
 from megakd.run import Run
@@ -244,6 +245,14 @@ def measured_scoring(directory: str, parallel: Parallel, step: Step, micro_batch
     score(0)
     later = _bytes_besides(before)
     return {"kept": kept, "peak": later + peak_of(score, range(TRIES))}
+
+
+def counted(calls: Iterable[Call]) -> Counter[tuple[str, int]]:
+    """Planned bytes of collectives, to compare with those of `Collectives`."""
+    planned: Counter[tuple[str, int]] = Counter()
+    for call in calls:
+        planned[call.operation, 2 if call.operation in ("send", "receive") else call.size] += round(call.bytes)
+    return planned
 
 
 # ------------------------------------------------------------------------------------- answers drawn between the steps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from megakd.batch import Group, Kind, Sample, Step
@@ -13,7 +11,7 @@ from megakd.planning.inference import Generation, Scoring, generation_memory, ge
 from megakd.planning.setup import RoleSetup
 from megakd.planning.work import Lengths, MicroBatch
 from megakd.rollout import Prompt, Sampling
-from tests.mcore.planning_cases import measured_generation, measured_scoring
+from tests.mcore.planning_cases import counted, measured_generation, measured_scoring
 from tests.mcore.tiny import make_llama, make_qwen3
 from tests.ranks import run_ranks
 
@@ -40,13 +38,6 @@ def directories(tmp_path_factory) -> dict[bool, str]:
     folder, sizes = tmp_path_factory.mktemp("models"), {"hidden": 128, "layers": 7, "heads": 8, "kv_heads": 4}
     return {False: str(make_llama(folder / "llama", seed=1, **sizes)),
             True: str(make_qwen3(folder / "norms", seed=1, head_dim=32, **sizes))}
-
-
-def counted(calls) -> Counter:
-    planned: Counter = Counter()
-    for call in calls:
-        planned[call.operation, 2 if call.operation in ("send", "receive") else call.size] += round(call.bytes)
-    return planned
 
 
 @pytest.mark.parametrize("name", GENERATIONS)

@@ -14,8 +14,8 @@ Bytes a logit's column [C, V], R models of b bytes a logit (4 by default), g byt
 `scaled` weighs and rounds d(head) in one pass: 4 bytes read and 2 written a number.
 
 All are bound by memory, but `bin_masses` of a flat teacher: an atomic add is worth several logits' reading, and there
-is one for each logit that may belong to the head. That is 1.5 % of SmolLM2-135M's on ordinary text, 11 % of normal
-numbers of deviation 3, half of those of deviation 1 (mu 0.5; the latter two of 128,256).
+is one for each logit that may belong to the head. That is 1.1 % of SmolLM2-135M's on ordinary text, 11 % of normal
+numbers of deviation 3, 61 % of those of deviation 1 (mu 0.5; the latter two of 128,256).
 
 A program takes BLOCK columns at a time with 8 warps: 16 numbers a thread and model, four loads of 16 bytes each, so
 that 2 models have 32 KiB on their way from one program and four programs fit on a multiprocessor (of three models
